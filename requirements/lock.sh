@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Regenerates base.lock and dev.lock (hash-pinned, Python 3.11 and 3.12, x86_64 and aarch64).
+# torch and the CUDA packages that it brings are left out: which build fits depends on the machine,
+# so torch-cpu.txt and torch-cuda.txt pin them apart.
+set -euo pipefail
+cd "$(dirname "$0")"
+uv=${UV:-uv}
+skip=(torch triton cuda-bindings cuda-pathfinder cuda-toolkit)
+for package in cublas cuda-cccl cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver \
+               cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx; do
+  skip+=("nvidia-$package")
+done
+arguments=(--quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock")
+for package in "${skip[@]}"; do arguments+=(--no-emit-package "$package"); done
+"$uv" pip compile "${arguments[@]}" -c torch-cpu.txt base.in -o base.lock
+"$uv" pip compile "${arguments[@]}" -c torch-cpu.txt -c base.lock dev.in -o dev.lock

@@ -1,0 +1,1 @@
+"""Weights on disk: sources, prepare (quantise), convert (prune, prove), and reading them back."""

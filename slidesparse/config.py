@@ -1,0 +1,326 @@
+"""`bench.yaml`: schema, validation, and errors that name file, line and key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from slidesparse.dtypes import DType
+from slidesparse.errors import ConfigError
+from slidesparse.pattern import Sparsity
+
+Pattern = Annotated[
+    Sparsity,
+    BeforeValidator(lambda value: value if isinstance(value, Sparsity) else Sparsity.parse(str(value))),
+    PlainSerializer(str, return_type=str),
+]
+Positive = Annotated[int, Field(gt=0)]
+Source = Literal["hub", "local", "synthetic"]
+Backend = Literal["cpu_dense", "cpu_sparse", "vllm", "cublaslt", "cusparselt", "fused"]
+EngineName = Literal["transformers", "vllm"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Paths(_Section):
+    """Folders, relative to the data folder (`--data`, default: the current one)."""
+
+    source: str = "checkpoints"
+    checkpoints: str = "checkpoints"
+    converted: str = "checkpoints_slidesparse"
+    reports: str = "reports"
+
+
+class Hub(_Section):
+    """A model repository on the Hugging Face hub; the commit that a moving revision meant is recorded."""
+
+    repo: str
+    revision: str
+
+
+class Model(_Section):
+    """One entry of the catalogue. `config` is a `transformers` config and defines the synthetic model."""
+
+    quantization: Literal["bitnet_ternary", "absmax_per_channel"]
+    hub: Hub | None = None
+    local: str | None = None
+    config: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        for key in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if key not in self.config:
+                raise ValueError(f"config.{key} is missing")
+        return self
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.config["max_position_embeddings"])
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of the four linear layers of a decoder block as an inference engine merges them."""
+        hidden, inner = int(self.config["hidden_size"]), int(self.config["intermediate_size"])
+        heads = int(self.config["num_attention_heads"])
+        kv_heads = int(self.config.get("num_key_value_heads", heads))
+        head = int(self.config.get("head_dim") or hidden // heads)
+        return {
+            "qkv": ((heads + 2 * kv_heads) * head, hidden),
+            "o": (hidden, heads * head),
+            "gate_up": (2 * inner, hidden),
+            "down": (hidden, inner),
+        }
+
+
+class Stopping(_Section):
+    """When a measurement may stop: the interval is narrow enough, or a cap is hit; the row says which."""
+
+    warmup_s: Annotated[float, Field(ge=0)]
+    min_samples: Annotated[int, Field(ge=2)]
+    max_samples: Annotated[int, Field(ge=2)]
+    ci_rel: Annotated[float, Field(gt=0, lt=1, description="half width of the 95 % interval over the median")]
+    cap_s: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Stopping:
+        if self.max_samples < self.min_samples:
+            raise ValueError(f"max_samples {self.max_samples} is below min_samples {self.min_samples}")
+        return self
+
+
+class Convert(_Section):
+    method: Literal["magnitude", "random"] = "magnitude"
+    layout: Literal["plain", "lifted"] = "plain"
+    proof_tokens: Positive = 32
+
+
+class Tune(_Section):
+    coarse_m: tuple[Positive, ...]
+    fine_m: tuple[Positive, ...]
+    stopping: Stopping
+
+
+class Prefill(_Section):
+    """Cell of M tokens: prompts of P = min(M, prompt_cap), S = M / P sequences a step, `steps` steps, 1 output."""
+
+    m: tuple[Positive, ...]
+    prompt_cap: Positive = 1024
+    steps: Positive = 128
+    stopping: Stopping
+
+    @model_validator(mode="after")
+    def _check(self) -> Prefill:
+        for m in self.m:
+            if m > self.prompt_cap and m % self.prompt_cap:
+                raise ValueError(
+                    f"m {m} is impossible: above prompt_cap {self.prompt_cap} it must be a multiple of it, "
+                    f"or no step holds exactly {m} tokens"
+                )
+        return self
+
+
+class Decode(_Section):
+    """Cell of M sequences: `prompt_len` prompt tokens and `output_len` generated tokens each."""
+
+    m: tuple[Positive, ...]
+    prompt_len: Positive = 16
+    output_len: Annotated[int, Field(ge=2)] = 256
+    stopping: Stopping
+
+
+class Kernel(_Section):
+    m: tuple[Positive, ...]
+    stopping: Stopping
+
+
+class SparsityLists(_Section):
+    """Which patterns each task covers."""
+
+    end_to_end: tuple[Pattern, ...]
+    kernel_high: tuple[Pattern, ...]
+    kernel_low: tuple[Pattern, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> SparsityLists:
+        for name in ("end_to_end", "kernel_high", "kernel_low"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} names a pattern twice")
+        return self
+
+
+class Backends(_Section):
+    dense: tuple[Backend, ...]
+    sparse: tuple[Backend, ...]
+
+
+class Profile(_Section):
+    """One set of cells to measure."""
+
+    description: str
+    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    source: Source
+    seed: int = 0
+    dtypes: Annotated[tuple[DType, ...], Field(min_length=1)]
+    sparsity: SparsityLists
+    backends: Backends
+    engine: EngineName
+    convert: Convert = Convert()
+    tune: Tune
+    prefill: Prefill
+    decode: Decode
+    kernel: Kernel
+
+
+class Bench(_Section):
+    """A whole, validated `bench.yaml`."""
+
+    version: Literal[1]
+    paths: Paths = Paths()
+    models: dict[str, Model]
+    profiles: dict[str, Profile]
+
+    @model_validator(mode="after")
+    def _check(self) -> Bench:
+        for name in self.models:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name):
+                raise ValueError(f"model name {name!r}: letters, digits, dots and dashes only (it names files)")
+        for name, profile in self.profiles.items():
+            _check_profile(name, profile, self.models)
+        return self
+
+    def profile(self, name: str) -> Profile:
+        """The named profile. Raises ConfigError listing those that exist."""
+        if name not in self.profiles:
+            raise ConfigError(f"unknown profile {name!r}; bench.yaml has: {', '.join(self.profiles)}")
+        return self.profiles[name]
+
+
+def _check_profile(name: str, profile: Profile, models: dict[str, Model]) -> None:
+    for model_name in profile.models:
+        if model_name not in models:
+            raise ValueError(
+                f"profiles.{name}.models: unknown model {model_name!r}; the catalogue has: {', '.join(models)}"
+            )
+        limit = models[model_name].max_positions
+        decode = profile.decode.prompt_len + profile.decode.output_len
+        prefill = max((min(m, profile.prefill.prompt_cap) for m in profile.prefill.m), default=0) + 1
+        for key, need in (("prefill.m", prefill), ("decode.output_len", decode)):
+            if need > limit:
+                raise ValueError(
+                    f"profiles.{name}.{key}: sequences of {need} tokens, but {model_name} has {limit} positions"
+                )
+
+
+# -- loading -------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: in YAML 1.1 an unquoted 2:8 is the base-60 number 128."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+
+def load_bench(path: Path) -> Bench:
+    """Read and validate a bench file.
+
+    Raises:
+        ConfigError: one line per fault: file, line, key, what is wrong, what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give a bench file with --config") from None
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
+    if not isinstance(data, dict) or node is None:
+        raise ConfigError(f"{path}:1: expected a mapping with the keys version, models, profiles")
+    duplicate = _duplicate_key(node)
+    if duplicate is not None:
+        raise ConfigError(f"{path}:{duplicate[1]}: key {duplicate[0]!r} stands twice in one mapping; keep one")
+    try:
+        return Bench.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, node, fault) for fault in error.errors())) from None
+
+
+def _duplicate_key(node: yaml.Node) -> tuple[str, int] | None:
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                return key.value, key.start_mark.line + 1
+            seen.add(key.value)
+            children.append(value)
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    return next((found for child in children if (found := _duplicate_key(child))), None)
+
+
+def _explain(path: Path, node: yaml.Node, fault: Any) -> str:
+    location = [part for part in fault["loc"] if not str(part).startswith("function-")]
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    named = re.match(r"(profiles\.[A-Za-z0-9_.-]+?): ", message)
+    if not location and named:
+        location, message = named[1].split("."), message[named.end() :]
+    keys, line = _locate(node, location)
+    if fault["type"] == "extra_forbidden":
+        message = f"unknown key; allowed here: {', '.join(_allowed(location[:-1]))}"
+    elif fault["type"] == "missing":
+        message = "this key is missing"
+    elif "input" in fault and not isinstance(fault["input"], dict | list | tuple):
+        message = f"{message} (got {fault['input']!r})"
+    return f"{path}:{line}: {'.'.join(str(part) for part in keys) or 'top level'}: {message}"
+
+
+def _locate(node: yaml.Node, location: list[Any]) -> tuple[list[Any], int]:
+    """Walk the YAML tree along a pydantic location: the whole path, and the line of its deepest part."""
+    line = node.start_mark.line + 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return location, line
+
+
+def _allowed(location: list[Any]) -> list[str]:
+    """Keys of the section at a location, found by walking the model classes."""
+    section: Any = Bench
+    for part in location:
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            annotation = section.model_fields[str(part)].annotation
+            arguments = getattr(annotation, "__args__", ())
+            nested = [a for a in (*arguments, annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+            section = nested[0] if nested else annotation
+            if getattr(annotation, "__origin__", None) is dict:
+                section = ("entry", section)
+        elif isinstance(section, tuple):
+            section = section[1]
+    if isinstance(section, tuple):
+        section = section[1]
+    return sorted(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

@@ -1,0 +1,259 @@
+"""`bench.yaml` -> an immutable plan: eight tasks, and every cell of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+from slidesparse.config import Bench, Model, Profile
+from slidesparse.dtypes import DType
+from slidesparse.pattern import Sparsity
+
+Stage = Literal["prepare", "convert", "tune", "prefill", "decode", "kernel"]
+Phase = Literal["prefill", "decode"]
+STAGES: tuple[Stage, ...] = ("prepare", "convert", "tune", "prefill", "decode", "kernel")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a linear layer runs: backend, and the pattern of its weights (None: dense)."""
+
+    backend: str
+    sparsity: Sparsity | None = None
+
+    @property
+    def folder(self) -> str:
+        """Place in the result tree: `cublaslt` or `cusparselt/2_8`."""
+        return self.backend if self.sparsity is None else f"{self.backend}/{self.sparsity.slug}"
+
+    def __str__(self) -> str:
+        return self.backend if self.sparsity is None else f"{self.backend} {self.sparsity}"
+
+
+@dataclass(frozen=True)
+class PrepareCell:
+    """One quantised checkpoint."""
+
+    model: str
+    dtype: DType
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.dtype.suffix}"
+
+
+@dataclass(frozen=True)
+class ConvertCell:
+    """One pruned checkpoint."""
+
+    model: str
+    dtype: DType
+    sparsity: Sparsity
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.dtype.suffix}-SlideSparse-{self.sparsity.slug}"
+
+
+Operation = Literal["dense_gemm", "quantise", "sparse_gemm", "dequantise_bias", "quantise_lift"]
+
+
+@dataclass(frozen=True)
+class TuneCell:
+    """One operation at one size, for which every candidate is measured. K is the unlifted K."""
+
+    model: str
+    dtype: DType
+    granularity: Literal["coarse", "fine"]
+    operation: Operation
+    variant: Variant
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.dtype.suffix} {self.operation} {self.variant} M={self.m} N={self.n} K={self.k}"
+
+
+@dataclass(frozen=True)
+class ThroughputCell:
+    """One end-to-end measurement. `m` is tokens a step (prefill) or sequences (decode)."""
+
+    phase: Phase
+    model: str
+    dtype: DType
+    variant: Variant
+    m: int
+    prompt_len: int
+    sequences: int
+    steps: int
+    output_len: int
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of one pass: every step holds `sequences` of them (prefill), or one batch (decode)."""
+        return self.sequences * self.steps if self.phase == "prefill" else self.sequences
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.model}-{self.dtype.suffix} {self.variant} M={self.m}"
+
+
+@dataclass(frozen=True)
+class KernelCell:
+    """One GEMM at one size. K is the unlifted K; `layer` names the merged linear it comes from."""
+
+    model: str
+    dtype: DType
+    variant: Variant
+    layer: str
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.dtype.suffix} {self.variant} {self.layer} M={self.m} N={self.n} K={self.k}"
+
+
+Cell = PrepareCell | ConvertCell | TuneCell | ThroughputCell | KernelCell
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the eight tasks of the reference run."""
+
+    number: int
+    name: str
+    title: str
+    stage: Stage
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run will do; stages read it and never change it."""
+
+    bench: Bench
+    profile_name: str
+    data: Path
+
+    @property
+    def profile(self) -> Profile:
+        return self.bench.profile(self.profile_name)
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        p = self.profile
+        high, low = p.sparsity.kernel_high, p.sparsity.kernel_low
+        return (
+            Task(1, "prepare", "base model preparation", "prepare", tuple(_prepare(p))),
+            Task(2, "convert", "SlideSparse conversion", "convert", tuple(_convert(p))),
+            Task(3, "tune", "offline tuning", "tune", tuple(_tune(p, self.bench.models))),
+            Task(4, "prefill", "prefill benchmark", "prefill", tuple(_prefill(p))),
+            Task(5, "decode", "decode benchmark", "decode", tuple(_decode(p))),
+            Task(6, "kernel_dense", "kernel, dense", "kernel", tuple(_kernel(p, self.bench.models, None))),
+            Task(7, "kernel_high", "kernel, sparse high", "kernel", tuple(_kernel(p, self.bench.models, high))),
+            Task(8, "kernel_low", "kernel, sparse low", "kernel", tuple(_kernel(p, self.bench.models, low))),
+        )
+
+    def stage_tasks(self, stage: Stage) -> tuple[Task, ...]:
+        return tuple(task for task in self.tasks if task.stage == stage)
+
+    # -- folders: the naming convention, once --------------------------------------------------------
+
+    def base_folder(self, model: str) -> Path:
+        """`checkpoints/{model}-BF16`, the model before quantisation."""
+        return self.data / self.bench.paths.source / f"{model}-BF16"
+
+    def prepared_folder(self, model: str, dtype: DType) -> Path:
+        """`checkpoints/{model}-{INT8|FP8}`."""
+        return self.data / self.bench.paths.checkpoints / f"{model}-{dtype.suffix}"
+
+    def converted_folder(self, model: str, dtype: DType, sparsity: Sparsity) -> Path:
+        """`checkpoints_slidesparse/{model}-{INT8|FP8}-SlideSparse-{Z}_{L}`."""
+        name = f"{model}-{dtype.suffix}-SlideSparse-{sparsity.slug}"
+        return self.data / self.bench.paths.converted / name
+
+    def checkpoint_folder(self, model: str, dtype: DType, variant: Variant) -> Path:
+        """The checkpoint that a variant runs on."""
+        if variant.sparsity is None:
+            return self.prepared_folder(model, dtype)
+        return self.converted_folder(model, dtype, variant.sparsity)
+
+    @property
+    def reports_folder(self) -> Path:
+        return self.data / self.bench.paths.reports
+
+
+def fingerprint(*parts: object) -> str:
+    """12 hex digits over everything that decides a measured value; a changed part means: measure again."""
+    text = json.dumps([str(part) for part in parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# -- cells -------------------------------------------------------------------------------------------
+
+
+def _prepare(p: Profile) -> Iterator[PrepareCell]:
+    for model, dtype in product(p.models, p.dtypes):
+        yield PrepareCell(model, dtype)
+
+
+def _convert(p: Profile) -> Iterator[ConvertCell]:
+    for model, dtype, sparsity in product(p.models, p.dtypes, p.sparsity.end_to_end):
+        yield ConvertCell(model, dtype, sparsity)
+
+
+def _variants(p: Profile, patterns: tuple[Sparsity, ...]) -> list[Variant]:
+    return [Variant(backend, sparsity) for backend, sparsity in product(p.backends.sparse, patterns)]
+
+
+def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
+    """Coarse: dense GEMM and quantise. Fine: sparse GEMM, dequantise + bias, quantise + lift.
+
+    A kernel that works on activations depends on K alone, one that works on outputs on N alone, so
+    those get one cell for each distinct size (N or K is then 0).
+    """
+    dense = [Variant(backend) for backend in p.backends.dense]
+    sparse = _variants(p, p.sparsity.end_to_end)
+    for model, dtype in product(p.models, p.dtypes):
+        shapes = list(dict.fromkeys(models[model].linear_shapes().values()))
+        columns, rows = sorted({k for _, k in shapes}), sorted({n for n, _ in shapes})
+        for m, variant in product(p.tune.coarse_m, dense):
+            for n, k in shapes:
+                yield TuneCell(model, dtype, "coarse", "dense_gemm", variant, m, n, k)
+            for k in columns:
+                yield TuneCell(model, dtype, "coarse", "quantise", variant, m, 0, k)
+        for m, variant in product(p.tune.fine_m, sparse):
+            for n, k in shapes:
+                yield TuneCell(model, dtype, "fine", "sparse_gemm", variant, m, n, k)
+            for k in columns:
+                yield TuneCell(model, dtype, "fine", "quantise_lift", variant, m, 0, k)
+        for m, backend, n in product(p.tune.fine_m, p.backends.sparse, rows):
+            yield TuneCell(model, dtype, "fine", "dequantise_bias", Variant(backend), m, n, 0)
+
+
+def _end_to_end(p: Profile) -> list[Variant]:
+    return [Variant(backend) for backend in p.backends.dense] + _variants(p, p.sparsity.end_to_end)
+
+
+def _prefill(p: Profile) -> Iterator[ThroughputCell]:
+    for model, dtype, variant, m in product(p.models, p.dtypes, _end_to_end(p), p.prefill.m):
+        prompt = min(m, p.prefill.prompt_cap)
+        yield ThroughputCell("prefill", model, dtype, variant, m, prompt, m // prompt, p.prefill.steps, 1)
+
+
+def _decode(p: Profile) -> Iterator[ThroughputCell]:
+    for model, dtype, variant, m in product(p.models, p.dtypes, _end_to_end(p), p.decode.m):
+        out = p.decode.output_len
+        yield ThroughputCell("decode", model, dtype, variant, m, p.decode.prompt_len, m, out, out)
+
+
+def _kernel(p: Profile, models: dict[str, Model], patterns: tuple[Sparsity, ...] | None) -> Iterator[KernelCell]:
+    variants = [Variant(backend) for backend in p.backends.dense] if patterns is None else _variants(p, patterns)
+    for model, dtype, variant in product(p.models, p.dtypes, variants):
+        for m, (layer, (n, k)) in product(p.kernel.m, models[model].linear_shapes().items()):
+            yield KernelCell(model, dtype, variant, layer, m, n, k)

@@ -1,0 +1,453 @@
+"""Result rows: one schema a table, appended atomically, resumable, readable by either side's tools.
+
+The leading columns of `PrefillRow`, `DecodeRow` and the kernel rows are those of the published result
+tree; our own follow. In every table a failed or skipped cell has -1 in its measured columns and says why
+in `status` and `reason`. A file is only ever extended; where a cell was measured again, the last row counts.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+
+from slidesparse.dtypes import DType
+from slidesparse.errors import RecordError
+from slidesparse.files import write_text
+from slidesparse.plan import Phase, Variant
+
+Status = Literal["ok", "failed", "skipped"]
+Verified = Literal["exact", "within_bound", "failed", "not_checked"]
+BEST = 3
+"""Algorithms listed in one kernel row."""
+UNMEASURED = -1.0
+
+
+class Row(BaseModel):
+    """Columns that every table ends with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    KEY: ClassVar[tuple[str, ...]]
+    """Columns that identify a cell inside its file."""
+
+    status: Status = "ok"
+    reason: str = ""
+    fingerprint: str
+    """Hash over everything that decides the value: a row with another one does not count as done."""
+    run_id: str
+    time_utc: str
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        """Field names: those of the most derived class first, so that the published columns lead."""
+        names: dict[str, None] = {}
+        for base in cls.__mro__:
+            if issubclass(base, Row):
+                names.update(dict.fromkeys(name for name in base.__annotations__ if name in cls.model_fields))
+        return list(names)
+
+
+class PrepareRow(Row):
+    """One quantised checkpoint. Bytes and seconds are this cell's own."""
+
+    KEY = ("model", "dtype")
+
+    model: str
+    dtype: str
+    source: str = ""
+    """`hub REPO@COMMIT`, `local FOLDER` or `synthetic seed N`."""
+    quantization: str = ""
+    parameters: int = -1
+    linear_parameters: int = -1
+    linear_layers: int = -1
+    seconds: float = UNMEASURED
+    bytes_read: int = -1
+    bytes_written: int = -1
+    disk_read_mib_s: float = UNMEASURED
+    """Measured on this run's data folder; with bytes it gives the floor."""
+    disk_write_mib_s: float = UNMEASURED
+    floor_s: float = UNMEASURED
+    """bytes_read / disk read speed + bytes_written / disk write speed."""
+    peak_rss_mib: float = UNMEASURED
+    weight_error_rel: float = UNMEASURED
+    """||W - dequantised|| / ||W|| over all linear layers (Frobenius)."""
+    folder: str = ""
+
+
+class ConvertRow(Row):
+    """One pruned checkpoint; its layers are in `ConvertLayerRow`s."""
+
+    KEY = ("model", "dtype", "sparsity")
+
+    model: str
+    dtype: str
+    sparsity: str
+    method: str = ""
+    layout: str = ""
+    linear_layers: int = -1
+    weights: int = -1
+    natural_zeros: int = -1
+    weights_removed: int = -1
+    """Non-zero codes set to zero by the pattern."""
+    removed_fraction: float = UNMEASURED
+    energy_removed: float = UNMEASURED
+    """Share of sum(W^2), of the original BF16 weights that had a non-zero code, that was removed."""
+    groups: int = -1
+    groups_unpruned: int = -1
+    """Groups that had enough zeros of their own."""
+    verified: Verified = "not_checked"
+    check: str = ""
+    seconds: float = UNMEASURED
+    """Wall time of this variant's share: variants of one pass are divided by bytes written."""
+    bytes_read: int = -1
+    bytes_written: int = -1
+    disk_read_mib_s: float = UNMEASURED
+    disk_write_mib_s: float = UNMEASURED
+    floor_s: float = UNMEASURED
+    peak_rss_mib: float = UNMEASURED
+    folder: str = ""
+
+
+class ConvertLayerRow(Row):
+    """One linear layer under one pattern."""
+
+    KEY = ("layer",)
+
+    layer: str
+    n: int
+    k: int
+    lifted_k: int
+    natural_zeros: int
+    weights_removed: int
+    removed_fraction: float
+    energy_removed: float
+    groups: int
+    groups_unpruned: int
+    verified: Verified
+    check: str
+
+
+class TimedRow(Row):
+    """Statistics, machine state and trust of a timed row."""
+
+    verified: Verified = "not_checked"
+    check: str = ""
+    """How it was checked: the reference, the bound, the figure seen."""
+    path: str = ""
+    """The code path that really ran."""
+    emulation: bool = False
+    """True on a CPU: the number says nothing about sparse tensor cores."""
+    samples: int = 0
+    p20: float = UNMEASURED
+    p80: float = UNMEASURED
+    ci_low: float = UNMEASURED
+    """95 % interval of the row's main figure (same unit)."""
+    ci_high: float = UNMEASURED
+    ci_rel: float = UNMEASURED
+    stop: str = ""
+    """`interval`: narrow enough; `time cap`; `sample cap`."""
+    clock_mhz: float = UNMEASURED
+    power_w: float = UNMEASURED
+    temperature_c: float = UNMEASURED
+    throttle: str = ""
+
+
+class TuneRow(TimedRow):
+    """One candidate for one operation at one size. p20, p80 and the interval are of `lat_us`."""
+
+    KEY = ("operation", "backend", "sparsity", "M", "N", "K", "algorithm")
+
+    granularity: str
+    operation: str
+    backend: str
+    sparsity: str = ""
+    M: int
+    N: int
+    K: int
+    """The K that the operation sees: lifted for sparse_gemm, unlifted otherwise."""
+    algorithm: str
+    alg_id: int
+    config: str = ""
+    lat_us: float = UNMEASURED
+    winner: bool = False
+
+
+class ThroughputRow(TimedRow):
+    """What prefill and decode share beyond the published columns. The interval is of `tokens_per_s`."""
+
+    model: str
+    dtype: str
+    backend: str
+    sparsity: str = ""
+    engine: str = ""
+    passes: int = 0
+    """Times that the whole cell (all its prompts) was run and timed."""
+    step_ms: float = UNMEASURED
+    """Median duration of one engine step (a prefill step, or one decode step of all sequences)."""
+    tokens_per_step: int = -1
+    """As counted in the engine, not as asked for."""
+    output_tokens_per_s: float = UNMEASURED
+    """Generated tokens alone."""
+    steady_tokens_per_s: float = UNMEASURED
+    """Decode: generated tokens over decode-step time, prefill left out. Prefill: prompt tokens alone."""
+    host_bound: bool = False
+    startup_s: float = UNMEASURED
+    warmup_s: float = UNMEASURED
+    measure_s: float = UNMEASURED
+    peak_rss_mib: float = UNMEASURED
+    tuning: str = ""
+    """Look-ups of the tuning store: `hits 8, nearest 2, missed 0, stale 0`."""
+
+
+class PrefillRow(ThroughputRow):
+    """Published columns of a prefill cell, then ours. tokens_per_s counts prompt and output tokens, as published."""
+
+    KEY = ("M_prefill",)
+
+    M_prefill: int
+    prompt_len: int
+    max_num_seqs: int
+    num_prompts: int
+    N_prefill: int
+    """Engine steps of one pass."""
+    requests_per_s: float = UNMEASURED
+    tokens_per_s: float = UNMEASURED
+    elapsed_time_s: float = UNMEASURED
+    """Of one pass (median of the passes)."""
+
+
+class DecodeRow(ThroughputRow):
+    """Published columns of a decode cell, then ours. tokens_per_s counts prompt and output tokens, as published."""
+
+    KEY = ("M_decode",)
+
+    M_decode: int
+    prompt_len: int
+    max_num_seqs: int
+    num_prompts: int
+    N_decode: int
+    """Generated tokens a sequence."""
+    output_len: int
+    requests_per_s: float = UNMEASURED
+    tokens_per_s: float = UNMEASURED
+    elapsed_time_s: float = UNMEASURED
+
+
+class KernelRow(TimedRow):
+    """Published columns of a kernel point, then ours. Statistics are of `lat_us_1`.
+
+    K is the K of the GEMM (K' for sparse). TOPS count 2*M*N*K as published files do, so a sparse row's
+    figure counts lifted zeros too; compare latencies, not TOPS, across patterns.
+    """
+
+    KEY = ("M", "N", "K")
+
+    M: int
+    N: int
+    K: int
+    alg_count: int = 0
+    tops_1: float = UNMEASURED
+    lat_us_1: float = UNMEASURED
+    alg_id_1: int = -1
+    split_k_1: int = -1
+    workspace_1: int = -1
+    tops_2: float = UNMEASURED
+    lat_us_2: float = UNMEASURED
+    alg_id_2: int = -1
+    split_k_2: int = -1
+    workspace_2: int = -1
+    tops_3: float = UNMEASURED
+    lat_us_3: float = UNMEASURED
+    alg_id_3: int = -1
+    split_k_3: int = -1
+    workspace_3: int = -1
+    layer: str = ""
+    K_model: int
+    """K before lifting."""
+    backend: str
+    sparsity: str = ""
+    algorithm: str = ""
+    data: str = ""
+    """`model` (the checkpoint's own weights) or `random`."""
+    dense_us: float = UNMEASURED
+    """Median latency of the dense twin, interleaved with this row's samples (sparse rows)."""
+    dense_path: str = ""
+    speedup: float = UNMEASURED
+    """Median of the paired ratios dense / sparse, with its 95 % interval."""
+    speedup_low: float = UNMEASURED
+    speedup_high: float = UNMEASURED
+    speedup_bound: float = UNMEASURED
+    """L/(L-2)."""
+
+
+class KernelDenseRow(KernelRow):
+    """The dense file of the published tree has no split-K columns."""
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        return [name for name in super().columns() if not name.startswith("split_k")]
+
+
+# -- places ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ResultTree:
+    """`reports/{tag}/`: where each table lies. `tag` is without a data type."""
+
+    root: Path
+    tag: str
+
+    def tag_with(self, dtype: DType) -> str:
+        """`GB10_cc121_py312_...` -> `GB10_cc121_INT8_py312_...`."""
+        head, _, tail = self.tag.partition("_py")
+        return f"{head}_{dtype.value}_py{tail}"
+
+    @property
+    def prepare(self) -> Path:
+        return self.root / "preparation" / "models.csv"
+
+    @property
+    def convert(self) -> Path:
+        return self.root / "conversion" / "models.csv"
+
+    def convert_layers(self, model: str) -> Path:
+        """`model` is the converted checkpoint's name."""
+        return self.root / "conversion" / "layers" / f"{model}.csv"
+
+    def tune(self, model: str, dtype: DType) -> Path:
+        return self.root / "tuning" / f"candidates_{model}-{dtype.suffix}.csv"
+
+    @property
+    def tuning_store(self) -> Path:
+        return self.root / "tuning" / "winners.json"
+
+    def throughput(self, phase: Phase, model: str, dtype: DType, variant: Variant) -> Path:
+        folder = self.root / "throughput_benchmark_results" / phase / self.tag_with(dtype) / variant.folder
+        return folder / f"{model}-{dtype.suffix}_{phase}.csv"
+
+    def kernel(self, model: str, dtype: DType, variant: Variant) -> Path:
+        name = {"cublaslt": "cuBLASLt", "cusparselt": "cuSPARSELt"}.get(variant.backend, variant.backend)
+        folder = self.root / "benchmark_kernel" / name / "alg_search_results" / self.tag / dtype.value
+        slug = "" if variant.sparsity is None else f"_{variant.sparsity.slug}"
+        return folder / f"alg_search_{model}-{dtype.suffix}{slug}.csv"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.md"
+
+
+# -- reading and appending ---------------------------------------------------------------------------
+
+
+def append(path: Path, rows: Iterable[Row], header: Iterable[str] = ()) -> None:
+    """Add rows to a table. The file is replaced whole, so a killed run leaves the old or the new one.
+
+    `header`: `#` lines (without the mark) that a new file starts with. Rows already there are kept as
+    they are; columns that an older version of the file lacks are added empty.
+
+    Raises:
+        RecordError: the file there has columns that this version does not know.
+        SlideSparseError: disk full, or the folder cannot be written.
+    """
+    rows = list(rows)
+    if not rows:
+        return
+    columns = type(rows[0]).columns()
+    new = pd.DataFrame([{name: row.model_dump(mode="json")[name] for name in columns} for row in rows], dtype=object)
+    if path.exists():
+        comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        old = _read_text(path)
+        unknown = [name for name in old.columns if name not in columns]
+        if unknown:
+            raise RecordError(
+                f"{path}: unknown columns {', '.join(unknown)}; it was written by another version: move it aside"
+            )
+        new = pd.concat([old.reindex(columns=columns), new], ignore_index=True)
+    else:
+        comments = [f"# {line}" for line in header]
+    buffer = io.StringIO()
+    buffer.writelines(f"{line}\n" for line in comments)
+    new.to_csv(buffer, index=False, lineterminator="\n")
+    write_text(path, buffer.getvalue())
+
+
+def read(path: Path) -> pd.DataFrame:
+    """All rows of a table, ours or published, numbers as numbers; empty when there is no file.
+
+    Raises RecordError naming the file when it is not a table.
+    """
+    if not path.exists():
+        return pd.DataFrame()
+    frame = _read_text(path)
+    for name in frame.columns:
+        if name in TEXT_COLUMNS:
+            frame[name] = frame[name].fillna("")
+            continue
+        if frame[name].isin(["True", "False"]).all():
+            frame[name] = frame[name] == "True"
+            continue
+        frame[name] = pd.to_numeric(frame[name], errors="coerce")
+    return frame
+
+
+def latest(frame: pd.DataFrame, key: tuple[str, ...]) -> pd.DataFrame:
+    """The last row of each cell, in the order in which the cells first appear."""
+    if frame.empty:
+        return frame
+    last = frame.drop_duplicates(list(key), keep="last")
+    first = frame.drop_duplicates(list(key), keep="first")
+    return first[list(key)].merge(last, on=list(key), how="left")[list(frame.columns)]
+
+
+def is_done(path: Path, row_type: type[Row], key: dict[str, object], fingerprint: str) -> bool:
+    """Is the cell's last row there, successful (or skipped), and made under the same conditions?"""
+    frame = read(path)
+    if frame.empty or not set(key) <= set(frame.columns):
+        return False
+    match = frame
+    for name, value in key.items():
+        match = match[match[name] == value]
+    if match.empty:
+        return False
+    last = match.iloc[-1]
+    return bool(last["fingerprint"] == fingerprint and last["status"] in ("ok", "skipped"))
+
+
+def _read_text(path: Path) -> pd.DataFrame:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        table = "".join(line for line in lines if not line.startswith("#"))
+        return pd.read_csv(io.StringIO(table), dtype=str, keep_default_na=False)
+    except ValueError as error:
+        raise RecordError(f"{path}: not a result table: {str(error).splitlines()[0]}; move it aside") from None
+
+
+TEXT_COLUMNS = frozenset(
+    name
+    for row in (PrepareRow, ConvertRow, ConvertLayerRow, TuneRow, PrefillRow, DecodeRow, KernelRow)
+    for name, field in row.model_fields.items()
+    if field.annotation not in (int, float, bool)
+)
