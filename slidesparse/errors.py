@@ -33,3 +33,7 @@ class RecordError(SlideSparseError):
 
 class UnsupportedHere(SlideSparseError):
     """This machine cannot run a cell (hardware or library missing): the cell is skipped with this reason."""
+
+
+class DiskError(SlideSparseError):
+    """The disk is full or cannot be written: nothing more can be recorded, so the run ends here."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slidesparse.errors import SlideSparseError
+from slidesparse.errors import DiskError, SlideSparseError
 
 PARTIAL = ".partial"
 """Ending of a file that is being written; one left behind by a killed run is overwritten by the next."""
@@ -25,7 +25,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     On any error the temporary file is removed and `target` is as before.
 
     Raises:
-        SlideSparseError: the disk is full or the folder cannot be written (one line, with the path).
+        DiskError: the disk is full or the folder cannot be written (one line, with the path).
     """
     partial = target.with_name(target.name + PARTIAL)
     try:
@@ -39,7 +39,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         problem = describe_os_error(error, target)
         if problem is None:
             raise
-        raise SlideSparseError(problem) from error
+        raise DiskError(problem) from error
 
 
 def describe_os_error(error: BaseException, target: Path) -> str | None:
@@ -68,13 +68,13 @@ def existing_parent(path: Path) -> Path:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a text file whole. Raises SlideSparseError as `atomic_path` does."""
+    """Write a text file whole. Raises DiskError as `atomic_path` does."""
     with atomic_path(target) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Write JSON whole, keys in the order given. Raises SlideSparseError as `atomic_path` does."""
+    """Write JSON whole, keys in the order given. Raises DiskError as `atomic_path` does."""
     write_text(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -113,7 +113,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / ".lock").open("w")
     except OSError as error:
-        raise SlideSparseError(describe_os_error(error, folder) or f"{folder}: {error.strerror}") from None
+        raise DiskError(describe_os_error(error, folder) or f"{folder}: {error.strerror}") from None
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,183 @@
+"""The command `slidesparse`: parses, calls one stage, prints. No logic."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slidesparse import __version__
+from slidesparse.errors import SlideSparseError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that every command shares."""
+
+    config: Path
+    profile: str
+    data: Path
+    source: str | None
+    as_json: bool
+    quiet: bool
+
+    def plan(self) -> Any:
+        """Read and check the bench file; nothing starts before it is right."""
+        from slidesparse.config import load_bench
+        from slidesparse.plan import Plan
+
+        bench = load_bench(self.config)
+        name = self.profile
+        if name == "auto":
+            from slidesparse.machine import detect
+
+            name = "smoke" if detect().gpu is None else "bitnet-2b"
+        profile = bench.profile(name)
+        if self.source is not None:
+            changed = profile.model_copy(update={"source": self.source})
+            bench = bench.model_copy(update={"profiles": bench.profiles | {name: changed}})
+        return Plan(bench, name, self.data)
+
+
+class _Command(click.Group):
+    """Turns our errors into one line and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        from slidesparse.runner import EXIT_INTERRUPTED
+
+        try:
+            return super().invoke(context)
+        except SlideSparseError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; finished cells are kept, the same command resumes", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+
+
+@click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+@click.option("--config", type=click.Path(path_type=Path), default=Path("bench.yaml"), show_default=True)
+@click.option("--profile", default="auto", show_default=True, help="auto: smoke without a GPU, bitnet-2b with one")
+@click.option("--data", type=click.Path(path_type=Path), default=Path(), help="where models and reports are kept")
+@click.option("--source", type=click.Choice(["hub", "local", "synthetic"]), help="override the profile's model source")
+@click.option("--json", "as_json", is_flag=True, help="print results as JSON")
+@click.option("--quiet", is_flag=True, help="no progress bars")
+@click.pass_context
+def main(
+    context: click.Context, config: Path, profile: str, data: Path, source: str | None, as_json: bool, quiet: bool
+) -> None:
+    """What does Z:L weight sparsity buy on this machine, for this model?"""
+    context.obj = Options(config, profile, data, source, as_json, quiet or as_json)
+
+
+def _stage_command(stage: str, description: str) -> Callable[..., None]:
+    @main.command(stage, help=description)
+    @click.pass_obj
+    def command(options: Options) -> None:
+        _run(options, lambda plan: plan.stage_tasks(stage), with_report=False)
+
+    return command
+
+
+for _stage, _description in {
+    "prepare": "Task 1: get the model, quantise it to INT8 and FP8.",
+    "convert": "Task 2: prune to Z:L by original magnitude, prove that lifting loses nothing.",
+    "tune": "Task 3: measure every candidate algorithm, store the winners.",
+    "prefill": "Task 4: prefill throughput.",
+    "decode": "Task 5: decode throughput.",
+    "kernel": "Tasks 6 to 8: GEMM latency, dense and sparse, each point checked.",
+}.items():
+    _stage_command(_stage, _description)
+
+
+@main.command("all")
+@click.pass_obj
+def all_(options: Options) -> None:
+    """All eight tasks, then the report."""
+    _run(options, lambda plan: plan.tasks, with_report=True)
+
+
+@main.command()
+@click.option("--other", "others", multiple=True, type=click.Path(path_type=Path), help="another machine's result folder")
+@click.pass_obj
+def report(options: Options, others: tuple[Path, ...]) -> None:
+    """Render report.md again, from records alone."""
+    from slidesparse.report.render import render_report
+    from slidesparse.runner import result_tree
+
+    tree = result_tree(options.plan())
+    if not tree.root.is_dir():
+        raise SlideSparseError(f"{tree.root}: no records there yet; run `slidesparse all` or a stage first")
+    path = render_report(tree, others)
+    click.echo(json.dumps({"report": str(path)}) if options.as_json else f"report: {path}")
+
+
+@main.command()
+@click.option("--cells", is_flag=True, help="list every cell")
+@click.pass_obj
+def plan(options: Options, cells: bool) -> None:
+    """Dry run: every cell, what is done, time and disk expected."""
+    from slidesparse.overview import plan_overview, print_plan
+
+    overview = plan_overview(options.plan())
+    if options.as_json:
+        click.echo(json.dumps(overview, indent=1))
+    else:
+        print_plan(overview, cells)
+
+
+@main.command()
+@click.pass_obj
+def status(options: Options) -> None:
+    """What became of each task. Exit code 0 only if nothing failed."""
+    from slidesparse.overview import print_status, read_status
+
+    state = read_status(options.plan())
+    if options.as_json:
+        click.echo(json.dumps(state, indent=1))
+    else:
+        print_status(state)
+    sys.exit(1 if any(task["status"] == "failed" for task in state["tasks"]) else 0)
+
+
+@main.command()
+@click.pass_obj
+def doctor(options: Options) -> None:
+    """What this machine can and cannot run, and why."""
+    from slidesparse.doctor import diagnose, exit_code
+    from slidesparse.machine import detect
+    from slidesparse.overview import print_findings
+
+    findings = diagnose(options.plan(), detect())
+    if options.as_json:
+        click.echo(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        print_findings(findings)
+    sys.exit(exit_code(findings))
+
+
+def _run(options: Options, choose: Callable[[Any], Any], with_report: bool) -> None:
+    from slidesparse.overview import print_status, read_status
+    from slidesparse.runner import open_run, run_tasks
+
+    plan = options.plan()
+    with open_run(plan, options.quiet) as run:
+        code = run_tasks(run, choose(plan))
+        if with_report:
+            from slidesparse.report.render import render_report
+
+            path = render_report(run.tree, ())
+    state = read_status(plan)
+    if options.as_json:
+        click.echo(json.dumps(state, indent=1))
+    else:
+        print_status(state)
+        if with_report:
+            click.echo(f"report: {path}")
+    sys.exit(code)

@@ -1,0 +1,222 @@
+"""Runs tasks in order and tells the truth about them: `status.json`, one log a run, the exit code."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import secrets
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from slidesparse import files, machine
+from slidesparse.errors import DiskError, SlideSparseError
+from slidesparse.plan import Plan, Stage, Task
+from slidesparse.records import ResultTree
+from slidesparse.run import Outcome, Run
+
+STAGE_MODULES: dict[Stage, str] = {
+    "prepare": "slidesparse.checkpoint.prepare",
+    "convert": "slidesparse.checkpoint.convert",
+    "tune": "slidesparse.tuning.search",
+    "prefill": "slidesparse.measure.throughput",
+    "decode": "slidesparse.measure.throughput",
+    "kernel": "slidesparse.measure.kernel_bench",
+}
+EXIT_INTERRUPTED = 130
+RunTask = Callable[[Run, Task], Outcome]
+
+
+def result_tree(plan: Plan) -> ResultTree:
+    """`reports/{tag}` of this machine."""
+    tag = machine.detect().tag
+    return ResultTree(plan.reports_folder / tag, tag)
+
+
+@contextmanager
+def open_run(plan: Plan, quiet: bool = False) -> Iterator[Run]:
+    """A run that owns its result folder: lock, log file, `environment.json`.
+
+    Raises:
+        DiskError: the folder cannot be written.
+        SlideSparseError: another run holds it.
+    """
+    tree = result_tree(plan)
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+    with files.exclusive(tree.root), _logger(tree.logs / f"{run_id}.log", run_id) as log:
+        run = Run(plan, tree, machine.detect(), run_id, log, quiet)
+        _write_environment(run)
+        yield run
+
+
+def run_tasks(run: Run, tasks: Iterable[Task]) -> int:
+    """Run tasks in order; one that fails does not stop the next. Returns the exit code: 0 if nothing failed.
+
+    A full or read-only disk and Ctrl-C end the run: what had been recorded stays, and the same command resumes.
+    """
+    tasks = list(tasks)
+    status = _Status(run)
+    failed = False
+    for task in tasks:
+        run.log.info("task %d %s: %d cells", task.number, task.name, len(task.cells))
+        status.update(task, "running")
+        started = time.monotonic()
+        try:
+            outcome = _stage(task.stage)(run, task)
+        except KeyboardInterrupt:
+            run.log.warning("interrupted in task %d %s; the same command resumes it", task.number, task.name)
+            status.update(task, "interrupted", time.monotonic() - started, note="interrupted; run again to resume")
+            raise
+        except DiskError as error:
+            run.log.error("task %d %s: %s", task.number, task.name, error)
+            status.try_update(task, "failed", time.monotonic() - started, note=str(error))
+            raise
+        except SlideSparseError as error:
+            run.log.error("task %d %s: %s", task.number, task.name, error)
+            status.update(task, "failed", time.monotonic() - started, note=str(error))
+            failed = True
+        except Exception as error:
+            run.log.exception("task %d %s: unexpected error", task.number, task.name)
+            status.update(task, "failed", time.monotonic() - started, note=f"{type(error).__name__}: {error} (see log)")
+            failed = True
+        else:
+            seconds = time.monotonic() - started
+            status.update(task, outcome.status, seconds, outcome)
+            run.log.info(
+                "task %d %s: %s in %.1f s: %d ok (%d done before), %d failed, %d skipped",
+                task.number, task.name, outcome.status, seconds,
+                outcome.ok, outcome.done_before, outcome.failed, outcome.skipped,
+            )  # fmt: skip
+            failed = failed or outcome.failed > 0
+    return 1 if failed else 0
+
+
+def _stage(stage: Stage) -> RunTask:
+    """Imported when needed: a `plan` or `report` should not wait for the measuring stack."""
+    run_task: RunTask = importlib.import_module(STAGE_MODULES[stage]).run_task
+    return run_task
+
+
+class _Status:
+    """`status.json`: the last word on each of the eight tasks, kept over runs of single stages."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._entries = {task.number: self._entry(task, "pending") for task in run.plan.tasks}
+        if run.tree.status.exists():
+            before = files.read_json(run.tree.status)
+            if before.get("profile") == run.plan.profile_name:
+                self._entries |= {entry["number"]: entry for entry in before["tasks"]}
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def update(
+        self, task: Task, status: str, seconds: float = 0.0, outcome: Outcome | None = None, note: str = ""
+    ) -> None:
+        entry = self._entry(task, status, seconds, outcome or Outcome(), note)
+        nothing_new = outcome is not None and not outcome.failed and outcome.done_before == outcome.ok
+        before = self._entries[task.number]
+        if nothing_new and before["seconds"] > 0 and before["status"] in ("succeeded", "running", "skipped"):
+            entry["seconds"] = before["seconds"]  # a run that found all cells done says how long they took, not 0 s
+        elif status == "running":
+            entry["seconds"] = before["seconds"]
+        self._entries[task.number] = entry
+        files.write_json(
+            self._run.tree.status,
+            {
+                "profile": self._run.plan.profile_name,
+                "run_id": self._run.run_id,
+                "tag": self._run.tree.tag,
+                "started_utc": self._started,
+                "updated_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+                "tasks": [self._entries[number] for number in sorted(self._entries)],
+                "log": f"logs/{self._run.run_id}.log",
+            },
+        )
+
+    def try_update(self, task: Task, status: str, seconds: float, note: str) -> None:
+        """As `update`, on a disk that may not take it."""
+        try:
+            self.update(task, status, seconds, note=note)
+        except DiskError as error:
+            self._run.log.error("%s", error)
+
+    @staticmethod
+    def _entry(
+        task: Task, status: str, seconds: float = 0.0, outcome: Outcome | None = None, note: str = ""
+    ) -> dict[str, Any]:
+        outcome = outcome or Outcome()
+        return {
+            "number": task.number,
+            "name": task.name,
+            "title": task.title,
+            "status": status,
+            "seconds": round(seconds, 1),
+            "cells": len(task.cells),
+            "ok": outcome.ok,
+            "failed": outcome.failed,
+            "skipped": outcome.skipped,
+            "done_before": outcome.done_before,
+            "note": note or "; ".join(outcome.notes),
+        }
+
+
+@contextmanager
+def _logger(path: Path, run_id: str) -> Iterator[logging.Logger]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = logging.getLogger(f"slidesparse.run.{run_id}")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield log
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def _write_environment(run: Run) -> None:
+    path = run.tree.environment
+    before = files.read_json(path) if path.exists() else {}
+    commit = source_commit()
+    this = {"run_id": run.run_id, "profile": run.plan.profile_name, "commit": commit}
+    files.write_json(
+        path,
+        {
+            "machine": run.machine.describe(),
+            "packages": machine.package_versions(),
+            "commit": commit,
+            "lock_sha256": lock_hash(),
+            "profile": run.plan.profile_name,
+            "profile_config": run.plan.profile.model_dump(mode="json"),
+            "runs": [*before.get("runs", []), this],
+        },
+    )
+
+
+def source_commit() -> str:
+    """Commit of the checkout that this package runs from, `+changes` if files differ; empty outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        dirty = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", str(folder))
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit + ("+changes" if dirty else "")
+
+
+def lock_hash() -> str:
+    """SHA-256 of the base lock file beside the package; empty where it is not shipped."""
+    path = Path(__file__).parent.parent / "requirements" / "base.lock"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
