@@ -1,0 +1,158 @@
+"""Quantise, quantise + lift, dequantise + bias on the CPU: each as torch operations and as one fused kernel.
+
+Formulas: `kernels/reference.py`. The fused kernels read x once, write codes once and give the same bits as the
+reference: IEEE float32 division, no contraction to fused multiply-add, round to nearest even.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from slidesparse.dtypes import DType
+from slidesparse.kernels import reference
+from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm
+from slidesparse.kernels.e4m3 import encode_bits
+from slidesparse.pattern import Sparsity
+
+TORCH = Algorithm(0, "torch", "separate torch operations")
+FUSED = Algorithm(1, "fused", "one numba kernel, a row a thread")
+
+
+class CpuActivations(Activations):
+    """Shared by both CPU backends."""
+
+    name = "cpu"
+
+    def algorithms(self, operation: ActivationOperation, dtype: DType) -> tuple[Algorithm, ...]:
+        return (FUSED, TORCH)
+
+    def quantise(
+        self, x: torch.Tensor, dtype: DType, sparsity: Sparsity | None, algorithm: Algorithm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if algorithm.name == TORCH.name:
+            codes, scale = reference.quantise(x, dtype)
+            return (codes if sparsity is None else reference.lift(codes, sparsity)), scale
+        m, k = x.shape
+        columns = _EMPTY if sparsity is None else _column_map(sparsity, k)
+        out = np.empty((m, columns.size or k), dtype=np.uint8)
+        stored = np.empty(m, dtype=np.float32)
+        kernel = _quantise_int8 if dtype is DType.INT8 else _quantise_e4m3
+        kernel(_float_bits(x), columns, np.float32(dtype.limit), np.float32(reference.SCALE_FLOOR), out, stored)
+        return torch.from_numpy(out).view(dtype.torch), torch.from_numpy(stored).unsqueeze(1)
+
+    def dequantise_bias(
+        self,
+        acc: torch.Tensor,
+        scale_token: torch.Tensor,
+        scale_channel: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+        algorithm: Algorithm,
+    ) -> torch.Tensor:
+        if algorithm.name == TORCH.name or out_dtype is not torch.bfloat16:
+            return reference.dequantise_bias(acc, scale_token, scale_channel, bias, out_dtype)
+        out = np.empty(tuple(acc.shape), dtype=np.uint16)
+        added = np.empty(0, dtype=np.float32) if bias is None else bias.float().numpy()
+        _dequantise(acc.numpy(), scale_token.reshape(-1).numpy(), scale_channel.reshape(-1).numpy(), added, out)
+        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+
+
+_EMPTY = np.empty(0, dtype=np.int32)
+_maps: dict[tuple[Sparsity, int], npt.NDArray[np.int32]] = {}
+
+
+def _column_map(sparsity: Sparsity, k: int) -> npt.NDArray[np.int32]:
+    key = (sparsity, k)
+    if key not in _maps:
+        _maps[key] = sparsity.column_map(k)
+    return _maps[key]
+
+
+def _float_bits(x: torch.Tensor) -> npt.NDArray[np.generic]:
+    """x as bits: uint16 [M, K] for bfloat16, uint32 [M, K] for anything else (as float32)."""
+    x = x.detach()
+    if x.dtype is torch.bfloat16:
+        array: npt.NDArray[np.generic] = x.contiguous().view(torch.int16).numpy().view(np.uint16)
+        return array
+    return x.float().contiguous().view(torch.int32).numpy().view(np.uint32)
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _scaled_row(bits, limit, floor, row):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Divide one row by its scale into `row` (float32 [K]); returns the scale, NaN if the row is not finite."""
+    wide = row.view(np.uint32)
+    shift = np.uint32(16 if bits.itemsize == 2 else 0)
+    largest = np.uint32(0)
+    for j in range(bits.size):
+        value = np.uint32(bits[j]) << shift
+        wide[j] = value
+        largest = max(largest, value & np.uint32(0x7FFFFFFF))  # magnitudes order like their bits, NaN above all
+    if largest >= np.uint32(0x7F800000):
+        row[:] = 0
+        return np.float32(np.nan)
+    one = np.empty(1, np.uint32)
+    one[0] = largest
+    scale = max(one.view(np.float32)[0] / limit, floor)
+    for j in range(bits.size):
+        row[j] = min(max(row[j] / scale, -limit), limit)
+    return scale
+
+
+@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _quantise_int8(x, columns, limit, floor, out, stored):  # type: ignore[no-untyped-def] # pragma: no cover
+    m, k = x.shape
+    for i in numba.prange(m):
+        row = np.empty(k, np.float32)
+        stored[i] = _scaled_row(x[i], limit, floor, row)
+        if columns.size == 0:
+            for j in range(k):
+                out[i, j] = np.uint8(np.int8(np.rint(row[j])))
+        else:
+            codes = np.empty(k, np.uint8)
+            for j in range(k):
+                codes[j] = np.uint8(np.int8(np.rint(row[j])))
+            for j in range(columns.size):
+                out[i, j] = codes[columns[j]] if columns[j] >= 0 else np.uint8(0)
+
+
+@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _quantise_e4m3(x, columns, limit, floor, out, stored):  # type: ignore[no-untyped-def] # pragma: no cover
+    m, k = x.shape
+    for i in numba.prange(m):
+        row = np.empty(k, np.float32)
+        stored[i] = _scaled_row(x[i], limit, floor, row)
+        bits = row.view(np.uint32)
+        if columns.size == 0:
+            for j in range(k):
+                out[i, j] = encode_bits(bits[j])
+        else:
+            codes = np.empty(k, np.uint8)
+            for j in range(k):
+                codes[j] = encode_bits(bits[j])
+            for j in range(columns.size):
+                out[i, j] = codes[columns[j]] if columns[j] >= 0 else np.uint8(0)
+
+
+@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _dequantise(acc, scale_token, scale_channel, bias, out):  # type: ignore[no-untyped-def] # pragma: no cover
+    m, n = acc.shape
+    for i in numba.prange(m):
+        row = np.empty(n, np.float32)
+        for j in range(n):
+            row[j] = np.float32(acc[i, j]) * scale_token[i] * scale_channel[j]
+        if bias.size:
+            for j in range(n):
+                row[j] = row[j] + bias[j]
+        bits = row.view(np.uint32)
+        for j in range(n):
+            value = bits[j]
+            if (value & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+                out[i, j] = np.uint16(0x7FC0)
+            else:
+                odd = (value >> np.uint32(16)) & np.uint32(1)
+                out[i, j] = np.uint16((value + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+

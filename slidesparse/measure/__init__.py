@@ -1,0 +1,1 @@
+"""Timer, statistics, telemetry, kernel bench, throughput bench."""

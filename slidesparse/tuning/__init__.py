@@ -1,0 +1,1 @@
+"""Search over candidate algorithms, the store of winners, and the look-up."""
