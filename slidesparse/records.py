@@ -424,7 +424,11 @@ def latest(frame: pd.DataFrame, key: tuple[str, ...]) -> pd.DataFrame:
 
 def is_done(path: Path, row_type: type[Row], key: dict[str, object], fingerprint: str) -> bool:
     """Is the cell's last row there, successful (or skipped), and made under the same conditions?"""
-    frame = read(path)
+    return done_in(read(path), key, fingerprint)
+
+
+def done_in(frame: pd.DataFrame, key: dict[str, object], fingerprint: str) -> bool:
+    """As `is_done`, for a table that was read before."""
     if frame.empty or not set(key) <= set(frame.columns):
         return False
     match = frame
