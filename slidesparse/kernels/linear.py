@@ -1,0 +1,144 @@
+"""The W8A8 linear layer: quantise (+ lift) -> GEMM -> dequantise + bias, each by the algorithm that tuning chose."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from slidesparse.dtypes import DType
+from slidesparse.errors import CheckpointError
+from slidesparse.kernels import operands, reference
+from slidesparse.kernels.backend import Algorithm, backend, named
+from slidesparse.pattern import Sparsity
+from slidesparse.plan import Operation, Variant
+
+
+class LookUp(Protocol):
+    """What a layer asks of the tuning store."""
+
+    def find(
+        self,
+        operation: Operation,
+        family: str,
+        dtype: DType,
+        sparsity: Sparsity | None,
+        size: tuple[int, int, int],
+        candidates: Collection[str],
+    ) -> str | None:
+        """Name of the best candidate at (M, N, K), None when nothing is known; every answer is counted."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The algorithms of one layer at one M."""
+
+    quantise: Algorithm
+    gemm: Algorithm
+    dequantise: Algorithm
+
+    def __str__(self) -> str:
+        return f"{self.quantise.name} > {self.gemm.name} > {self.dequantise.name}"
+
+
+class W8A8Linear(nn.Module):
+    """x [..., K] bfloat16 (or float32) -> [..., N] of x's type. Formula: `kernels/reference.py`.
+
+    Args:
+        name: the layer, for errors.
+        codes: [N, K] unlifted, or [N, K'] with `lifted`; of `dtype.torch`.
+        scale: float32 [N, 1].
+        bias: [N] or None.
+        k: columns before lifting.
+        store: chooses algorithms; None takes the default of each operation.
+
+    Raises:
+        CheckpointError: shapes or types do not fit, or the weight does not keep to the pattern.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        k: int,
+        variant: Variant,
+        dtype: DType,
+        lifted: bool = False,
+        store: LookUp | None = None,
+    ) -> None:
+        super().__init__()
+        self.backend = backend(variant.backend)
+        self.name, self.variant, self.dtype, self.k, self.n = name, variant, dtype, k, codes.shape[0]
+        self._store = store
+        if self.backend.sparse != (variant.sparsity is not None):
+            raise CheckpointError(f"{name}: backend {variant.backend} cannot run pattern {variant.sparsity or 'dense'}")
+        if codes.dtype != dtype.torch:
+            raise CheckpointError(f"{name}: weight is {codes.dtype}, expected {dtype.torch}; prepare the model again")
+        columns = variant.sparsity.lifted_k(k) if lifted and variant.sparsity else k
+        if codes.shape[1] != columns or scale.shape != (self.n, 1):
+            raise CheckpointError(
+                f"{name}: weight {tuple(codes.shape)}, scale {tuple(scale.shape)}; expected {(self.n, columns)}, {(self.n, 1)}"
+            )
+        if variant.sparsity is not None and not lifted:
+            codes = operands.lift(codes, variant.sparsity, name)
+        self.weight = self.backend.pack(codes, dtype, name)
+        self.scale = nn.Buffer(scale.float(), persistent=False)
+        self.bias = None if bias is None else nn.Buffer(bias.float(), persistent=False)
+        self._choices: dict[int, Choice] = {}
+        self.paths: Counter[str] = Counter()
+        """Calls by the algorithms that ran."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, self.k)
+        choice = self._choices.get(tokens.shape[0]) or self._choose(tokens.shape[0])
+        activations = self.backend.activations
+        codes, scale = activations.quantise(tokens, self.dtype, self.variant.sparsity, choice.quantise)
+        acc = torch.empty(tokens.shape[0], self.n, dtype=reference.accumulator(self.dtype))
+        self.backend.gemm(codes, self.weight, choice.gemm, acc)
+        y = activations.dequantise_bias(acc, scale, self.scale, self.bias, x.dtype, choice.dequantise)
+        self.paths[str(choice)] += 1
+        return y.reshape(*x.shape[:-1], self.n)
+
+    def forget(self) -> None:
+        """Forget choices and path counts: the next cell looks up and counts its own."""
+        self._choices.clear()
+        self.paths.clear()
+
+    def _choose(self, m: int) -> Choice:
+        gemm: Operation = "sparse_gemm" if self.backend.sparse else "dense_gemm"
+        quantise: Operation = "quantise_lift" if self.backend.sparse else "quantise"
+        activations = self.backend.activations
+        choice = Choice(
+            self._best(quantise, activations.name, (m, 0, self.k), activations.algorithms(quantise, self.dtype)),
+            self._best(
+                gemm,
+                self.backend.name,
+                (m, self.n, self.k),
+                self.backend.algorithms(self.dtype, m, self.n, self.weight.k),
+            ),
+            self._best(
+                "dequantise_bias",
+                activations.name,
+                (m, self.n, 0),
+                activations.algorithms("dequantise_bias", self.dtype),
+            ),
+        )
+        self._choices[m] = choice
+        return choice
+
+    def _best(
+        self, operation: Operation, family: str, size: tuple[int, int, int], candidates: tuple[Algorithm, ...]
+    ) -> Algorithm:
+        if self._store is None:
+            return candidates[0]
+        sparsity = None if operation == "dequantise_bias" else self.variant.sparsity
+        names = [candidate.name for candidate in candidates]
+        found = self._store.find(operation, family, self.dtype, sparsity, size, names)
+        return (named(candidates, found) if found else None) or candidates[0]

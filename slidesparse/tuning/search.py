@@ -1,0 +1,161 @@
+"""Task 3, offline tuning: measure every candidate of every cell, check it first, store the winners."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from slidesparse.errors import DiskError, UnsupportedHere
+from slidesparse.kernels.backend import Backend, backend
+from slidesparse.measure import telemetry
+from slidesparse.measure.book import RowBook, reason_of
+from slidesparse.measure.telemetry import Telemetry
+from slidesparse.measure.timer import WallClock, measure
+from slidesparse.plan import Task, TuneCell, fingerprint
+from slidesparse.progress import track
+from slidesparse.records import TuneRow
+from slidesparse.run import Outcome, Run
+from slidesparse.tuning.candidates import Candidate, Workbench
+from slidesparse.tuning.store import TuningStore, Winner
+
+
+def run_task(run: Run, task: Task) -> Outcome:
+    """Tune all cells of the task. A candidate that fails its check gets a failed row and cannot win.
+
+    A cell is ok when it has a winner, failed when no candidate passed, skipped where the backend cannot run.
+
+    Raises:
+        DiskError, RecordError: nothing more can be recorded.
+    """
+    outcome = Outcome()
+    store = TuningStore.open(run.tree.tuning_store)
+    cells = [cell for cell in task.cells if isinstance(cell, TuneCell)]
+    with track(task.title, len(cells), run.quiet) as bar:
+        for (model, dtype), group in groupby(cells, key=lambda cell: (cell.model, cell.dtype)):
+            with RowBook(run.tree.tune(model, dtype), before=store.save) as book:
+                tuner = _Tuner(run, store, book, outcome)
+                for cell in group:
+                    tuner.tune(cell)
+                    bar.advance(note=str(cell))
+    if tuned := len(store):
+        outcome.notes.append(f"{tuned} winners stored")
+    return outcome
+
+
+class _Tuner:
+    """The cells of one table."""
+
+    def __init__(self, run: Run, store: TuningStore, book: RowBook, outcome: Outcome) -> None:
+        self._run, self._store, self._book, self._outcome = run, store, book, outcome
+        self._benches: dict[str, Workbench] = {}
+        self._clock, self._probe = WallClock(), telemetry.probe(run.machine)
+        self._stopping = run.plan.profile.tune.stopping
+
+    def tune(self, cell: TuneCell) -> None:
+        seed = self._run.plan.profile.seed
+        conditions = fingerprint(cell, self._stopping, seed, self._store.versions)
+        try:
+            chosen = backend(cell.variant.backend)
+            chosen.require(self._run.machine, cell.dtype)
+        except UnsupportedHere as error:
+            self._outcome.skipped += 1
+            self._none(cell, "skipped", str(error), fingerprint(conditions, error))
+            return
+        key = _winner_key(cell, chosen)
+        if self._store.holds(key) and self._book.done(_cell_key(cell), conditions):
+            self._outcome.ok += 1
+            self._outcome.done_before += 1
+            return
+        try:
+            bench = self._benches.setdefault(chosen.name, Workbench(chosen, cell.dtype, seed))
+            rows = [self._measure(cell, candidate, chosen, conditions) for candidate in bench.candidates(cell)]
+        except DiskError:
+            raise
+        except Exception as error:
+            self._run.log.exception("tune %s", cell)
+            self._outcome.failed += 1
+            self._none(cell, "failed", reason_of(error), conditions)
+            return
+        self._keep(cell, key, rows)
+
+    def _measure(self, cell: TuneCell, candidate: Candidate, chosen: Backend, conditions: str) -> TuneRow:
+        columns = _columns(cell) | self._run.stamp() | {"fingerprint": conditions}
+        columns |= {
+            "algorithm": candidate.algorithm.name,
+            "alg_id": candidate.algorithm.alg_id,
+            "config": candidate.algorithm.config,
+            "path": candidate.path,
+            "emulation": chosen.emulation,
+        }
+        try:
+            check = candidate.check()
+            columns |= {"verified": check.verified, "check": check.text}
+            if not check.ok:
+                self._run.log.error("tune %s, %s: %s", cell, candidate.algorithm.name, check.text)
+                return TuneRow(**columns, status="failed", reason=f"check failed: {check.text}")
+            with Telemetry(self._probe) as watch:
+                samples = measure(candidate.call, self._stopping, self._clock)
+        except DiskError:
+            raise
+        except Exception as error:
+            self._run.log.exception("tune %s, %s", cell, candidate.algorithm.name)
+            return TuneRow(**columns, status="failed", reason=reason_of(error))
+        return TuneRow(
+            **columns,
+            **samples.columns(1e6),
+            **watch.columns(),
+            lat_us=samples.interval.median * 1e6,
+        )
+
+    def _keep(self, cell: TuneCell, key: tuple[str, str, str, str, int, int, int], rows: list[TuneRow]) -> None:
+        """Failed rows first and the winner last: the cell's last row says whether it is done."""
+        valid = sorted((row for row in rows if row.status == "ok"), key=lambda row: -row.lat_us)
+        failed = [row for row in rows if row.status != "ok"]
+        if failed:
+            self._outcome.notes.append(f"{cell}: {', '.join(row.algorithm for row in failed)} failed")
+        if not valid:
+            self._outcome.failed += 1
+            self._book.add(*failed)
+            return
+        best = valid[-1].model_copy(update={"winner": True})
+        operation, family, dtype, sparsity, m, n, k = key
+        self._store.put(
+            Winner(
+                operation, family, dtype, sparsity, m, n, k,
+                best.algorithm, best.alg_id, best.lat_us, self._store.versions, best.run_id, best.time_utc,
+            )  # fmt: skip
+        )
+        self._outcome.ok += 1
+        self._book.add(*failed, *valid[:-1], best)
+
+    def _none(self, cell: TuneCell, status: Any, reason: str, conditions: str) -> None:
+        """A cell without candidates."""
+        if status == "skipped" and self._book.done(_cell_key(cell), conditions):
+            return
+        columns = _columns(cell) | self._run.stamp() | {"algorithm": "", "alg_id": -1, "fingerprint": conditions}
+        self._book.add(TuneRow(**columns, status=status, reason=reason))
+
+
+def _cell_key(cell: TuneCell) -> dict[str, object]:
+    columns = _columns(cell)
+    return {name: columns[name] for name in ("operation", "backend", "sparsity", "M", "N", "K")}
+
+
+def _columns(cell: TuneCell) -> dict[str, Any]:
+    sparsity = cell.variant.sparsity
+    lifted = sparsity is not None and cell.operation == "sparse_gemm"
+    return {
+        "granularity": cell.granularity,
+        "operation": cell.operation,
+        "backend": cell.variant.backend,
+        "sparsity": "" if sparsity is None else str(sparsity),
+        "M": cell.m,
+        "N": cell.n,
+        "K": sparsity.lifted_k(cell.k) if lifted and sparsity else cell.k,
+    }
+
+
+def _winner_key(cell: TuneCell, chosen: Backend) -> tuple[str, str, str, str, int, int, int]:
+    family = chosen.name if cell.operation in ("dense_gemm", "sparse_gemm") else chosen.activations.name
+    sparsity = "" if cell.variant.sparsity is None else str(cell.variant.sparsity)
+    return cell.operation, family, cell.dtype.value, sparsity, cell.m, cell.n, cell.k

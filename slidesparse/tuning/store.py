@@ -1,0 +1,154 @@
+"""`winners.json`: the best algorithm of every operation and size on this machine, and the look-up.
+
+An entry counts only under the library versions that it was measured with. Look-ups that find nothing, something
+near, or only entries of other versions are counted: `summary()` goes into every row that rests on them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from math import log2
+from pathlib import Path
+
+from slidesparse import files
+from slidesparse.dtypes import DType
+from slidesparse.errors import RecordError
+from slidesparse.machine import package_versions
+from slidesparse.pattern import Sparsity
+from slidesparse.plan import Operation, fingerprint
+
+FORMAT = 1
+KERNEL_PACKAGES = (
+    "torch", "numpy", "numba", "triton", "nvidia-cublas", "nvidia-cusparselt-cu12", "nvidia-cusparselt-cu13",
+)  # fmt: skip
+"""Packages whose version can change which algorithm wins."""
+
+
+def kernel_versions() -> dict[str, str]:
+    """Versions here of the packages that run kernels."""
+    return {name: version for name, version in package_versions().items() if name in KERNEL_PACKAGES}
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The best algorithm of one operation at one size. `k` is the unlifted K; sizes that do not matter are 0."""
+
+    operation: str
+    family: str
+    """Backend of a GEMM, or the name of its activation kernels, which dense and sparse backends share."""
+    dtype: str
+    sparsity: str
+    m: int
+    n: int
+    k: int
+    algorithm: str
+    alg_id: int
+    lat_us: float
+    versions: dict[str, str]
+    run_id: str
+    time_utc: str
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int, int, int]:
+        return self.operation, self.family, self.dtype, self.sparsity, self.m, self.n, self.k
+
+
+class TuningStore:
+    """All winners of one machine. Writing is atomic; one run at a time owns the result folder."""
+
+    def __init__(self, path: Path, winners: Iterable[Winner] = (), versions: Mapping[str, str] | None = None) -> None:
+        self._path = path
+        self._winners = {winner.key: winner for winner in winners}
+        self._versions = dict(kernel_versions() if versions is None else versions)
+        self.counts: Counter[str] = Counter()
+
+    @classmethod
+    def open(cls, path: Path, versions: Mapping[str, str] | None = None) -> TuningStore:
+        """Read a store; empty where there is no file. `versions`: those here unless given.
+
+        Raises:
+            RecordError: the file is no tuning store of this format.
+        """
+        if not path.exists():
+            return cls(path, versions=versions)
+        data = files.read_json(path)
+        try:
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']}, expected {FORMAT}")
+            winners = [Winner(**entry) for entry in data["winners"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"{path}: not a tuning store ({error}); move it aside and tune again") from None
+        return cls(path, winners, versions)
+
+    def put(self, winner: Winner) -> None:
+        """Add or replace one entry; `save` writes it."""
+        self._winners[winner.key] = winner
+
+    def save(self) -> None:
+        """Write the file whole. Raises DiskError."""
+        files.write_json(self._path, {"format": FORMAT, "winners": [asdict(winner) for winner in self._winners.values()]})
+
+    def holds(self, winner_key: tuple[str, str, str, str, int, int, int]) -> bool:
+        """Is there an entry of exactly this key, of the versions here?"""
+        winner = self._winners.get(winner_key)
+        return winner is not None and winner.versions == self._versions
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions that entries count under."""
+        return dict(self._versions)
+
+    def find(
+        self,
+        operation: Operation,
+        family: str,
+        dtype: DType,
+        sparsity: Sparsity | None,
+        size: tuple[int, int, int],
+        candidates: Collection[str],
+    ) -> str | None:
+        """Name of the winner at (M, N, K), or of the nearest size with the same K; None when there is none.
+
+        Near means: smallest |log2| ratio of M and N together (an engine that keeps q, k and v apart asks for
+        values of N that were tuned merged). Counts `hits`, `nearest`, `missed`, `stale`.
+        """
+        m, n, k = size
+        wanted = (operation, family, dtype.value, "" if sparsity is None else str(sparsity))
+        usable = [
+            winner
+            for winner in self._winners.values()
+            if winner.key[:4] == wanted and winner.k == k and winner.algorithm in candidates
+        ]
+        fresh = [winner for winner in usable if winner.versions == self._versions]
+        if not fresh:
+            self.counts["stale" if usable else "missed"] += 1
+            return None
+        best = min(fresh, key=lambda winner: (_distance(winner, m, n), winner.m, winner.n))
+        self.counts["hits" if (best.m, best.n) == (m, n) else "nearest"] += 1
+        return best.algorithm
+
+    def summary(self) -> str:
+        """`hits 8, nearest 2, missed 0, stale 0` since the last `reset`."""
+        return ", ".join(f"{name} {self.counts[name]}" for name in ("hits", "nearest", "missed", "stale"))
+
+    def reset(self) -> None:
+        """Count anew."""
+        self.counts.clear()
+
+    def digest(self, families: Collection[str], dtype: DType) -> str:
+        """Hash over every entry that a variant could use, without timings: a new winner means a new measurement."""
+        entries = sorted(
+            (*winner.key, winner.algorithm, sorted(winner.versions.items()))
+            for winner in self._winners.values()
+            if winner.family in families and winner.dtype == dtype.value
+        )
+        return fingerprint(*entries)
+
+    def __len__(self) -> int:
+        return len(self._winners)
+
+
+def _distance(winner: Winner, m: int, n: int) -> float:
+    return abs(log2(max(winner.m, 1) / max(m, 1))) + abs(log2(max(winner.n, 1) / max(n, 1)))
