@@ -68,7 +68,7 @@ def decompress(weight: Compressed) -> torch.Tensor:
     """The inverse of `compress`: -> [N, K'] of the values' type."""
     n, k = weight.shape
     out = np.zeros((n, k), dtype=np.int8)
-    decompress_rows(weight.values.view(torch.int8).numpy(), weight.indices.numpy(), out)
+    _decompress(weight.values.view(torch.int8).numpy(), weight.indices.numpy(), out)
     return torch.from_numpy(out).view(weight.values.dtype)
 
 
@@ -105,7 +105,7 @@ def _compress(source, values, indices, bad):  # type: ignore[no-untyped-def] # p
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def decompress_rows(values, indices, out):  # type: ignore[no-untyped-def] # pragma: no cover
+def _decompress(values, indices, out):  # type: ignore[no-untyped-def] # pragma: no cover
     """values int8 [N, K'/2], indices uint8 [N, K'/8] -> out int8 [N, K'], zeroed by the caller."""
     for row in numba.prange(values.shape[0]):
         for w in range(values.shape[1] // 2):

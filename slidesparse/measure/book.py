@@ -30,15 +30,16 @@ class RowBook:
     `before` is called before each write: for what must be on disk when a row says that its cell is done.
     """
 
-    def __init__(self, path: Path, header: Iterable[str] = (), before: Callable[[], None] | None = None) -> None:
-        self._path, self._header, self._before = path, list(header), before
-        self._frame = records.read(path)
+    def __init__(
+        self, path: Path, row_type: type[Row], header: Iterable[str] = (), before: Callable[[], None] | None = None
+    ) -> None:
+        self._path, self._row_type, self._header, self._before = path, row_type, list(header), before
         self._pending: list[Row] = []
         self._flushed = time.monotonic()
 
     def done(self, key: dict[str, object], fingerprint: str) -> bool:
-        """Was the cell finished, under the same conditions, before this book was opened?"""
-        return records.done_in(self._frame, key, fingerprint)
+        """Is the cell finished, under the same conditions? Rows in hand do not count. Raises RecordError."""
+        return records.is_done(self._path, self._row_type, key, fingerprint)
 
     def add(self, *rows: Row) -> None:
         """Take rows; write them if the last write is a second ago. Raises DiskError, RecordError."""
