@@ -1,0 +1,94 @@
+# Two commands on a bare machine with Python 3.11 or 3.12: `make all`, `make test`. `make help` lists the rest.
+
+PROFILE ?= auto
+SOURCE ?=
+DATA ?= .
+CONFIG ?= bench.yaml
+FLAGS ?=
+ARGS ?=
+PYTHON ?=
+TORCH ?= auto
+TORCH_INDEX ?=
+VENV ?= .venv
+# An environment that is used as it is, nothing installed: set in the images.
+BAKED ?= $(SLIDESPARSE_BAKED)
+CONFIRM ?=
+
+ENVIRONMENT := $(if $(BAKED),$(BAKED),$(VENV))
+RUN := $(ENVIRONMENT)/bin/python -m slidesparse --config "$(CONFIG)" --profile "$(PROFILE)" --data "$(DATA)" \
+       $(if $(SOURCE),--source "$(SOURCE)") $(FLAGS)
+SETUP := VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" requirements/setup.sh
+
+COMMANDS := all prepare convert tune prefill decode kernel report plan status doctor
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: $(COMMANDS) env env-dev test lint format lock clean help
+
+##@ The whole run
+all:      ## all eight tasks, then the report; run again to resume
+plan:     ## dry run: every cell, what is done, time and disk expected (ARGS=--cells lists them)
+doctor:   ## what this machine can and cannot run, and why
+status:   ## what became of each task
+
+##@ Single stages
+prepare:  ## task 1: get the model, quantise it to INT8 and FP8
+convert:  ## task 2: prune to Z:L, prove that lifting loses nothing
+tune:     ## task 3: measure every candidate algorithm, store the winners
+prefill:  ## task 4: prefill throughput
+decode:   ## task 5: decode throughput
+kernel:   ## tasks 6 to 8: GEMM latency, dense and sparse
+report:   ## render reports/<tag>/report.md again, from records alone
+
+$(COMMANDS): env
+	@$(RUN) $@ $(ARGS)
+
+##@ Development
+test: env-dev ## the test-suite (ARGS="tests/test_config.py -k line", ARGS=--slow)
+	@$(ENVIRONMENT)/bin/python -m pytest $(ARGS)
+
+lint: env-dev ## ruff and mypy
+	@$(ENVIRONMENT)/bin/ruff check .
+	@$(ENVIRONMENT)/bin/ruff format --check .
+	@$(ENVIRONMENT)/bin/mypy
+
+format: env-dev ## let ruff lay out the code
+	@$(ENVIRONMENT)/bin/ruff check --fix .
+	@$(ENVIRONMENT)/bin/ruff format .
+
+lock: env-dev ## pin again: requirements/*.in -> *.lock
+	@UV="$(abspath $(ENVIRONMENT))/bin/uv" requirements/lock.sh
+
+clean: ## remove the environment and caches; CONFIRM=checkpoints or CONFIRM=results removes those instead
+	@VENV="$(VENV)" DATA="$(DATA)" requirements/clean.sh "$(CONFIRM)"
+
+##@ Environment
+env: ## make the environment (every target does that by itself)
+ifeq ($(BAKED),)
+	@$(SETUP) base
+else
+	@test -x "$(BAKED)/bin/python" || { echo "error: BAKED=$(BAKED) holds no bin/python; unset BAKED and SLIDESPARSE_BAKED to build one" >&2; exit 1; }
+endif
+
+env-dev: ## as env, with what test and lint need
+ifeq ($(BAKED),)
+	@$(SETUP) dev
+else
+	@"$(BAKED)/bin/python" -c "import pytest, hypothesis" || { echo "error: BAKED=$(BAKED) was made without test packages; use a checkout outside the image, or BAKED= VENV=DIR" >&2; exit 1; }
+endif
+
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	      /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@printf '\n%s\n' 'Variables (make TARGET NAME=value)'
+	@printf '  %-12s %s\n' \
+	  PROFILE 'auto (smoke without a GPU, bitnet-2b with one), smoke, bitnet-2b, paper' \
+	  SOURCE 'hub, local or synthetic: overrides where the profile takes its models from' \
+	  DATA 'folder of checkpoints and reports (default: here)' \
+	  CONFIG 'bench file (default: bench.yaml)' \
+	  FLAGS 'options before the command: --json, --quiet' \
+	  ARGS 'options after the command' \
+	  PYTHON 'interpreter to build the environment with (3.11 or 3.12)' \
+	  TORCH 'auto, cpu or cuda: which pinned torch' \
+	  TORCH_INDEX 'one more package index for torch, e.g. that of its CPU builds' \
+	  VENV 'folder of the environment (default: .venv)' \
+	  BAKED 'an environment to use as it is (set in the images)'
