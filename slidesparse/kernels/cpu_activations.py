@@ -17,7 +17,7 @@ from slidesparse.kernels.backend import ActivationOperation, Activations, Algori
 from slidesparse.kernels.e4m3 import encode_bits
 from slidesparse.pattern import Sparsity
 
-TORCH = Algorithm(0, "torch", "separate torch operations")
+TORCH = Algorithm(0, "torch", "separate torch operations; a lift comes before quantising")
 FUSED = Algorithm(1, "fused", "one numba kernel, a row a thread")
 
 
@@ -32,11 +32,10 @@ class CpuActivations(Activations):
     def quantise(
         self, x: torch.Tensor, dtype: DType, sparsity: Sparsity | None, algorithm: Algorithm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if algorithm.name == TORCH.name:
-            codes, scale = reference.quantise(x, dtype)
-            return (codes if sparsity is None else reference.lift(codes, sparsity)), scale
         m, k = x.shape
         columns = _EMPTY if sparsity is None else _column_map(sparsity, k)
+        if algorithm.name == TORCH.name:
+            return _quantise_torch(x, dtype, None if sparsity is None else torch.from_numpy(columns))
         out = np.empty((m, columns.size or k), dtype=np.uint8)
         stored = np.empty(m, dtype=np.float32)
         kernel = _quantise_int8 if dtype is DType.INT8 else _quantise_e4m3
@@ -53,11 +52,24 @@ class CpuActivations(Activations):
         algorithm: Algorithm,
     ) -> torch.Tensor:
         if algorithm.name == TORCH.name or out_dtype is not torch.bfloat16:
-            return reference.dequantise_bias(acc, scale_token, scale_channel, bias, out_dtype)
+            y = acc.to(torch.float32, copy=True).mul_(scale_token).mul_(scale_channel.reshape(-1))
+            return (y if bias is None else y.add_(bias)).to(out_dtype)
         out = np.empty(tuple(acc.shape), dtype=np.uint16)
         added = np.empty(0, dtype=np.float32) if bias is None else bias.float().numpy()
         _dequantise(acc.numpy(), scale_token.reshape(-1).numpy(), scale_channel.reshape(-1).numpy(), added, out)
         return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+
+
+def _quantise_torch(x: torch.Tensor, dtype: DType, columns: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lift x first, then quantise K' columns: duplicates change no maximum. Padding is zero, and so is its code."""
+    scale = torch.linalg.vector_norm(x.float(), ord=float("inf"), dim=1, keepdim=True).div_(dtype.limit)
+    bad = scale.isfinite().logical_not_()
+    scale.clamp_(min=reference.SCALE_FLOOR)
+    if columns is not None:
+        x = x.index_select(1, columns.clamp(min=0)).masked_fill_(columns < 0, 0)
+    scaled = x.float().div(scale).clamp_(-dtype.limit, dtype.limit).masked_fill_(bad, 0)
+    codes = scaled.round_() if dtype is DType.INT8 else scaled
+    return codes.to(dtype.torch), scale.masked_fill_(bad, float("nan"))
 
 
 _EMPTY = np.empty(0, dtype=np.int32)

@@ -112,18 +112,15 @@ class TuningStore:
         """Name of the winner at (M, N, K), or of the nearest size with the same K; None when there is none.
 
         Near means: smallest |log2| ratio of M and N together (an engine that keeps q, k and v apart asks for
-        values of N that were tuned merged). Counts `hits`, `nearest`, `missed`, `stale`.
+        values of N that were tuned merged). Counts `hits`, `nearest`, `missed` (nothing known), `stale` (all that is
+        known is of other library versions, or names algorithms that are not among the candidates).
         """
         m, n, k = size
         wanted = (operation, family, dtype.value, "" if sparsity is None else str(sparsity))
-        usable = [
-            winner
-            for winner in self._winners.values()
-            if winner.key[:4] == wanted and winner.k == k and winner.algorithm in candidates
-        ]
-        fresh = [winner for winner in usable if winner.versions == self._versions]
+        known = [winner for winner in self._winners.values() if winner.key[:4] == wanted and winner.k == k]
+        fresh = [winner for winner in known if winner.versions == self._versions and winner.algorithm in candidates]
         if not fresh:
-            self.counts["stale" if usable else "missed"] += 1
+            self.counts["stale" if known else "missed"] += 1
             return None
         best = min(fresh, key=lambda winner: (_distance(winner, m, n), winner.m, winner.n))
         self.counts["hits" if (best.m, best.n) == (m, n) else "nearest"] += 1
