@@ -7,7 +7,9 @@ in `status` and `reason`. A file is only ever extended; where a cell was measure
 
 from __future__ import annotations
 
+import csv
 import io
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,53 +365,54 @@ class ResultTree:
 
 
 def append(path: Path, rows: Iterable[Row], header: Iterable[str] = ()) -> None:
-    """Add rows to a table. The file is replaced whole, so a killed run leaves the old or the new one.
+    """Add rows of one type to a table. The file is replaced whole, so a killed run leaves the old or the new one.
 
     `header`: `#` lines (without the mark) that a new file starts with. Rows already there are kept as
     they are; columns that an older version of the file lacks are added empty.
 
     Raises:
-        RecordError: the file there has columns that this version does not know.
-        SlideSparseError: disk full, or the folder cannot be written.
+        RecordError: the file there is not a table, or has columns that this version does not know.
+        DiskError: disk full, or the folder cannot be written.
     """
     rows = list(rows)
     if not rows:
         return
     columns = type(rows[0]).columns()
-    new = pd.DataFrame([{name: row.model_dump(mode="json")[name] for name in columns} for row in rows], dtype=object)
-    if path.exists():
-        comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        old = _read_text(path)
-        unknown = [name for name in old.columns if name not in columns]
-        if unknown:
-            raise RecordError(
-                f"{path}: unknown columns {', '.join(unknown)}; it was written by another version: move it aside"
-            )
-        new = pd.concat([old.reindex(columns=columns), new], ignore_index=True)
-    else:
+    dumps = [row.model_dump(mode="json") for row in rows]
+    added = [[_text(dump[name]) for name in columns] for dump in dumps]
+    if not path.exists():
         comments = [f"# {line}" for line in header]
-    buffer = io.StringIO()
-    buffer.writelines(f"{line}\n" for line in comments)
-    new.to_csv(buffer, index=False, lineterminator="\n")
-    write_text(path, buffer.getvalue())
+        write_text(path, "".join(f"{line}\n" for line in comments) + _lines([columns, *added]))
+        return
+    comments, old, cells = _parse(path)
+    unknown = [name for name in old if name not in columns]
+    if unknown:
+        raise RecordError(f"{path}: unknown columns {', '.join(unknown)}; it was written by another version: move it aside")
+    if old != columns:
+        place = {name: index for index, name in enumerate(old)}
+        cells = [[row[place[name]] if name in place else "" for name in columns] for row in cells]
+    write_text(path, "".join(f"{line}\n" for line in comments) + _lines([columns, *cells, *added]))
 
 
 def read(path: Path) -> pd.DataFrame:
     """All rows of a table, ours or published, numbers as numbers; empty when there is no file.
 
-    Raises RecordError naming the file when it is not a table.
+    A number that is not there (a column that an older file lacks, a published blank) is NaN; a text is
+    empty and a flag False.
+
+    Raises RecordError naming the file (and the line) when it is not a table.
     """
     if not path.exists():
         return pd.DataFrame()
-    frame = _read_text(path)
-    for name in frame.columns:
+    _, columns, cells = _parse(path)
+    frame = pd.DataFrame(cells, columns=columns, dtype=object)
+    for name in columns:
         if name in TEXT_COLUMNS:
-            frame[name] = frame[name].fillna("")
-            continue
-        if frame[name].isin(["True", "False"]).all():
+            frame[name] = frame[name].astype("str")
+        elif name in FLAG_COLUMNS:
             frame[name] = frame[name] == "True"
-            continue
-        frame[name] = pd.to_numeric(frame[name], errors="coerce")
+        else:
+            frame[name] = pd.to_numeric(frame[name], errors="coerce")
     return frame
 
 
@@ -423,13 +426,15 @@ def latest(frame: pd.DataFrame, key: tuple[str, ...]) -> pd.DataFrame:
 
 
 def is_done(path: Path, row_type: type[Row], key: dict[str, object], fingerprint: str) -> bool:
-    """Is the cell's last row there, successful (or skipped), and made under the same conditions?"""
-    return done_in(read(path), key, fingerprint)
+    """Is the cell's last row there, successful (or skipped), and made under the same conditions?
 
-
-def done_in(frame: pd.DataFrame, key: dict[str, object], fingerprint: str) -> bool:
-    """As `is_done`, for a table that was read before."""
-    if frame.empty or not set(key) <= set(frame.columns):
+    Raises ValueError when `key` names a column that `row_type` does not have.
+    """
+    unknown = set(key) - set(row_type.columns())
+    if unknown:
+        raise ValueError(f"{row_type.__name__} has no column {', '.join(sorted(unknown))}")
+    frame = read(path)
+    if frame.empty or not {*key, "fingerprint", "status"} <= set(frame.columns):
         return False
     match = frame
     for name, value in key.items():
@@ -440,18 +445,60 @@ def done_in(frame: pd.DataFrame, key: dict[str, object], fingerprint: str) -> bo
     return bool(last["fingerprint"] == fingerprint and last["status"] in ("ok", "skipped"))
 
 
-def _read_text(path: Path) -> pd.DataFrame:
+def _parse(path: Path) -> tuple[list[str], list[str], list[list[str]]]:
+    """Leading `#` lines, column names, rows. Only lines before the column names are comments: a reason may hold `#`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        table = "".join(line for line in lines if not line.startswith("#"))
-        return pd.read_csv(io.StringIO(table), dtype=str, keep_default_na=False)
-    except ValueError as error:
+        text = path.read_bytes().decode("utf-8")
+        stream = io.StringIO(text, newline="")
+        comments, start = [], 0
+        for line in stream:
+            if not line.startswith("#"):
+                break
+            comments.append(line.rstrip("\r\n"))
+            start += len(line)
+        reader = csv.reader(io.StringIO(text[start:], newline=""), strict=True)
+        columns = next(reader, [])
+        if not columns:
+            raise RecordError(f"{path}: not a result table: no column names; move it aside")
+        cells = []
+        for row in reader:
+            if row and len(row) != len(columns):
+                line_number = len(comments) + reader.line_num
+                raise RecordError(
+                    f"{path}: line {line_number}: {len(row)} fields under {len(columns)} columns; move the file aside"
+                )
+            if row:
+                cells.append(row)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
         raise RecordError(f"{path}: not a result table: {str(error).splitlines()[0]}; move it aside") from None
+    return comments, columns, cells
 
 
+def _lines(rows: Iterable[list[str]]) -> str:
+    return "".join(",".join(map(_quoted, row)) + "\n" for row in rows)
+
+
+def _quoted(text: str) -> str:
+    """Quoted where a reader could trip. `csv` leaves \\r bare, and readers with comment='#' cut at a bare `#`."""
+    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\n\r#') else text
+
+
+def _text(value: object) -> str:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else str(value)
+
+
+_ROW_TYPES: tuple[type[Row], ...] = (
+    PrepareRow, ConvertRow, ConvertLayerRow, TuneRow, PrefillRow, DecodeRow, KernelRow,
+)  # fmt: skip
+FLAG_COLUMNS = frozenset(
+    name for row in _ROW_TYPES for name, field in row.model_fields.items() if field.annotation is bool
+)
 TEXT_COLUMNS = frozenset(
     name
-    for row in (PrepareRow, ConvertRow, ConvertLayerRow, TuneRow, PrefillRow, DecodeRow, KernelRow)
+    for row in _ROW_TYPES
     for name, field in row.model_fields.items()
     if field.annotation not in (int, float, bool)
 )
