@@ -59,7 +59,7 @@ digest() { cat "$@" | sha256sum | cut -c1-64; }
 stamp() { echo "$venv/.stamp-$1"; }
 current() { [ "$(cat "$(stamp "$1")" 2>/dev/null)" = "$2" ]; }
 done_with() { echo "$2" >"$(stamp "$1")"; }
-pip() { "$python" -m pip --disable-pip-version-check --quiet --no-input "$@" >&2; }
+pip() { "$python" -m pip --disable-pip-version-check -qq --no-input "$@" >&2; }
 
 make_base() {
   local interpreter
@@ -81,10 +81,10 @@ make_base() {
 }
 
 choice=$(choose_torch)
-pin=$(tr '\n' ' ' <"requirements/torch-$choice.txt")
+pin=$(<"requirements/torch-$choice.txt")
 # The folder counts because an environment cannot be moved. PYTHON and TORCH_INDEX do not: a later call without
 # them is to use what they built.
-base=$({ echo "$venv"; digest requirements/base.lock "requirements/torch-$choice.txt"; } | sha256sum)
+base=$({ echo "$venv $choice"; digest requirements/base.lock "requirements/torch-$choice.txt"; } | sha256sum)
 dev=$(digest requirements/dev.lock)
 project=$(digest pyproject.toml)
 

@@ -58,10 +58,17 @@ class Machine:
         return asdict(self) | {"tag": self.tag}
 
 
+_NOT_IN_TAG = re.compile(
+    r"\([RrTtMm]+\)|@.*"
+    r"|\b(NVIDIA|GeForce|Tesla|GPU|PCIe|SXM\d*|NVL|HBM\w*|\d+ ?GB)\b"
+    r"|\b(Intel|AMD|CPU|Processor|\d+-Core)\b"
+)
+"""Maker, form factor, memory and core count: published tags name the chip alone (`H100`, `RTX5080`)."""
+
+
 def _slug(name: str) -> str:
-    """`NVIDIA GeForce RTX 5080` -> `RTX5080`; `Intel(R) Xeon(R) Platinum 8481C CPU` -> `XeonPlatinum8481C`."""
-    name = re.sub(r"\((R|TM|r|tm)\)|@.*|\b(NVIDIA|GeForce|Intel|AMD|CPU|Processor|GB|PCIe|SXM\d?|HBM\w*|Tesla)\b", " ", name)
-    return re.sub(r"[^A-Za-z0-9]", "", name) or "unknown"
+    """`NVIDIA A100-SXM4-80GB` -> `A100`; `Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz` -> `XeonPlatinum8481C`."""
+    return re.sub(r"[^A-Za-z0-9]", "", _NOT_IN_TAG.sub(" ", name)) or "unknown"
 
 
 @lru_cache(maxsize=1)
