@@ -45,7 +45,7 @@ class FakeCheckpoint:
 
     def load(self, name: str) -> torch.Tensor:
         self.loads.append(name)
-        return self.tensors[name]
+        return self.tensors[name].clone()
 
     def fingerprint(self) -> str:
         return "fake"

@@ -125,5 +125,6 @@ def backend(name: str) -> Backend:
 
         return CpuSparse()
     raise UnsupportedHere(
-        f"backend {name} needs an NVIDIA GPU and CUDA kernels; this version has CPU backends only (cpu_dense, cpu_sparse)"
+        f"backend {name} needs an NVIDIA GPU and CUDA kernels; this version has CPU backends only "
+        f"(cpu_dense, cpu_sparse)"
     )

@@ -48,7 +48,9 @@ def compress(lifted: torch.Tensor, layer: str) -> Compressed:
     """
     n, k = lifted.shape
     if k % K_ALIGNMENT:
-        raise CheckpointError(f"{layer}: {k} columns; a compressed weight needs a multiple of {K_ALIGNMENT}: lift it first")
+        raise CheckpointError(
+            f"{layer}: {k} columns; a compressed weight needs a multiple of {K_ALIGNMENT}: lift it first"
+        )
     source = lifted.contiguous().view(torch.int8).numpy()
     values = np.zeros((n, k // WINDOW * KEPT), dtype=np.int8)
     indices = np.zeros((n, k // (2 * WINDOW)), dtype=np.uint8)
@@ -72,7 +74,7 @@ def decompress(weight: Compressed) -> torch.Tensor:
     return torch.from_numpy(out).view(weight.values.dtype)
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, nogil=True)
 def _compress(source, values, indices, bad):  # type: ignore[no-untyped-def] # pragma: no cover
     """-0 of e4m3 (byte -128, which INT8 never holds) counts as zero, as it does in the lift."""
     n, k = source.shape
@@ -104,7 +106,7 @@ def _compress(source, values, indices, bad):  # type: ignore[no-untyped-def] # p
             indices[row, w // 2] |= np.uint8((first | (second << 2)) << (4 * (w % 2)))
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, nogil=True)
 def _decompress(values, indices, out):  # type: ignore[no-untyped-def] # pragma: no cover
     """values int8 [N, K'/2], indices uint8 [N, K'/8] -> out int8 [N, K'], zeroed by the caller."""
     for row in numba.prange(values.shape[0]):

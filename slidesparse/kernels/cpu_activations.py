@@ -92,7 +92,7 @@ def _float_bits(x: torch.Tensor) -> npt.NDArray[np.generic]:
     return x.float().contiguous().view(torch.int32).numpy().view(np.uint32)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")
 def _scaled_row(bits, limit, floor, row):  # type: ignore[no-untyped-def] # pragma: no cover
     """Divide one row by its scale into `row` (float32 [K]); returns the scale, NaN if the row is not finite."""
     wide = row.view(np.uint32)
@@ -113,7 +113,7 @@ def _scaled_row(bits, limit, floor, row):  # type: ignore[no-untyped-def] # prag
     return scale
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, nogil=True)
 def _quantise_int8(x, columns, limit, floor, out, stored):  # type: ignore[no-untyped-def] # pragma: no cover
     m, k = x.shape
     for i in numba.prange(m):
@@ -130,7 +130,7 @@ def _quantise_int8(x, columns, limit, floor, out, stored):  # type: ignore[no-un
                 out[i, j] = codes[columns[j]] if columns[j] >= 0 else np.uint8(0)
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, nogil=True)
 def _quantise_e4m3(x, columns, limit, floor, out, stored):  # type: ignore[no-untyped-def] # pragma: no cover
     m, k = x.shape
     for i in numba.prange(m):
@@ -148,7 +148,7 @@ def _quantise_e4m3(x, columns, limit, floor, out, stored):  # type: ignore[no-un
                 out[i, j] = codes[columns[j]] if columns[j] >= 0 else np.uint8(0)
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, nogil=True)
 def _dequantise(acc, scale_token, scale_channel, bias, out):  # type: ignore[no-untyped-def] # pragma: no cover
     m, n = acc.shape
     for i in numba.prange(m):
@@ -166,5 +166,3 @@ def _dequantise(acc, scale_token, scale_channel, bias, out):  # type: ignore[no-
             else:
                 odd = (value >> np.uint32(16)) & np.uint32(1)
                 out[i, j] = np.uint16((value + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-
-

@@ -64,7 +64,7 @@ class CpuSparse(Backend):
         return f"cpu_sparse {algorithm.name} (2:4 compressed; {algorithm.config})"
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, nogil=True)
 def _axpy(xt, values, indices, table, out):  # type: ignore[no-untyped-def] # pragma: no cover
     """xt [K', M] decoded; a kept value multiplies one contiguous row of it."""
     m = xt.shape[1]
@@ -79,7 +79,7 @@ def _axpy(xt, values, indices, table, out):  # type: ignore[no-untyped-def] # pr
         out[:, n] = sums
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, nogil=True)
 def _axpy_tiled(xt, values, indices, table, tile, out):  # type: ignore[no-untyped-def] # pragma: no cover
     """As `_axpy`, but the sums of a tile of tokens stay close while all windows pass."""
     m = xt.shape[1]
@@ -99,7 +99,7 @@ def _axpy_tiled(xt, values, indices, table, tile, out):  # type: ignore[no-untyp
                 out[start + i, n] = sums[i]
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, nogil=True)
 def _dot(x, values, indices, table, out):  # type: ignore[no-untyped-def] # pragma: no cover
     """x [M, K'] decoded; the row's values and columns are unpacked once and used for every token."""
     kept = values.shape[1]

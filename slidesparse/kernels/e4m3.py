@@ -44,7 +44,7 @@ def decode(codes: torch.Tensor, dtype: DType, to: torch.dtype) -> torch.Tensor:
     return decoded.to(to)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")
 def encode_bits(bits):  # type: ignore[no-untyped-def] # pragma: no cover
     """float32 bits (|value| <= 448) -> e4m3 byte, round to nearest, ties to even.
 

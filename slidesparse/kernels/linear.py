@@ -13,7 +13,7 @@ from torch import nn
 from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError
 from slidesparse.kernels import operands, reference
-from slidesparse.kernels.backend import Algorithm, backend, named
+from slidesparse.kernels.backend import ActivationOperation, Algorithm, backend, named
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Operation, Variant
 
@@ -84,7 +84,8 @@ class W8A8Linear(nn.Module):
         columns = variant.sparsity.lifted_k(k) if lifted and variant.sparsity else k
         if codes.shape[1] != columns or scale.shape != (self.n, 1):
             raise CheckpointError(
-                f"{name}: weight {tuple(codes.shape)}, scale {tuple(scale.shape)}; expected {(self.n, columns)}, {(self.n, 1)}"
+                f"{name}: weight {tuple(codes.shape)}, scale {tuple(scale.shape)}; expected {(self.n, columns)} and "
+                f"{(self.n, 1)}; prepare the model again"
             )
         if variant.sparsity is not None and not lifted:
             codes = operands.lift(codes, variant.sparsity, name)
@@ -113,7 +114,7 @@ class W8A8Linear(nn.Module):
 
     def _choose(self, m: int) -> Choice:
         gemm: Operation = "sparse_gemm" if self.backend.sparse else "dense_gemm"
-        quantise: Operation = "quantise_lift" if self.backend.sparse else "quantise"
+        quantise: ActivationOperation = "quantise_lift" if self.backend.sparse else "quantise"
         activations = self.backend.activations
         choice = Choice(
             self._best(quantise, activations.name, (m, 0, self.k), activations.algorithms(quantise, self.dtype)),

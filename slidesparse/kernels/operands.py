@@ -55,13 +55,17 @@ def model_weight(folder: Path, layer: str, shape: tuple[int, int], sparsity: Spa
     section = checkpoint.section
     pattern = None if section is None else section.pattern
     if pattern != sparsity:
-        raise CheckpointError(f"{folder}: holds pattern {pattern or 'dense'}, but {sparsity or 'dense'} is needed; convert again")
+        raise CheckpointError(
+            f"{folder}: holds pattern {pattern or 'dense'}, but {sparsity or 'dense'} is needed; convert again"
+        )
     parts = [checkpoint.load(f"model.layers.0.{name}.weight") for name in MERGED[layer]]
     merged = torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
     if section is not None and section.layout == "lifted":
         merged = unlift(merged, shape[1], section.pattern)
     if tuple(merged.shape) != shape:
-        raise CheckpointError(f"{folder}: {layer} is {tuple(merged.shape)}, but bench.yaml says {shape}; prepare it again")
+        raise CheckpointError(
+            f"{folder}: {layer} is {tuple(merged.shape)}, but bench.yaml says {shape}; prepare it again"
+        )
     return merged
 
 

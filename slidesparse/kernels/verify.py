@@ -46,7 +46,9 @@ def gamma(terms: int) -> float:
     return terms * FLOAT32_UNIT / (1 - terms * FLOAT32_UNIT)
 
 
-def check_gemm(out: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor | None, dtype: DType, terms: int) -> Check:
+def check_gemm(
+    out: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor | None, dtype: DType, terms: int
+) -> Check:
     """Compare an accumulator [M, N] with the exact product (float64 [M, N]).
 
     INT8: every element equal. FP8: products of two e4m3 numbers are exact in float32, so a sum of `terms` of them,
@@ -62,8 +64,8 @@ def check_gemm(out: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor |
         m, n = _first(~good)
         return Check(
             "failed",
-            f"{int((~good).sum())} of {good.numel()} elements out of bound; [{m}, {n}] is {out[m, n].item():.8g}, exact "
-            f"{exact[m, n].item():.8g}, allowed +-{bound[m, n].item():.3g}",
+            f"{int((~good).sum())} of {good.numel()} elements out of bound; [{m}, {n}] is {out[m, n].item():.8g}, "
+            f"exact {exact[m, n].item():.8g}, allowed +-{bound[m, n].item():.3g}",
         )
     share = float((error / bound.clamp(min=torch.finfo(torch.float64).tiny)).max())
     return Check("within_bound", f"float64 product, error at most {share:.2g} of gamma({terms})*sum|a||w|")
@@ -82,7 +84,9 @@ def check_same(out: torch.Tensor, expected: torch.Tensor, what: str) -> Check:
     if count:
         place = _first(different)
         got, wanted = out[place].float().item(), expected[place].float().item()
-        return Check("failed", f"{what}: {count} of {different.numel()} differ; {list(place)} is {got:g}, expected {wanted:g}")
+        return Check(
+            "failed", f"{what}: {count} of {different.numel()} differ; {list(place)} is {got:g}, expected {wanted:g}"
+        )
     return Check("exact", f"equal to {what}")
 
 

@@ -32,7 +32,9 @@ class LayerWeight:
     """`model` or `random`."""
 
     @classmethod
-    def pack(cls, plain: torch.Tensor, data: str, dtype: DType, sparsity: Sparsity | None, side: Backend, layer: str) -> LayerWeight:
+    def pack(
+        cls, plain: torch.Tensor, data: str, dtype: DType, sparsity: Sparsity | None, side: Backend, layer: str
+    ) -> LayerWeight:
         """Raises CheckpointError when the codes do not keep to the pattern."""
         codes = plain if sparsity is None else operands.lift(plain, sparsity, layer)
         return cls(plain, side.pack(codes, dtype, layer), data)

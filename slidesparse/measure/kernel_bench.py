@@ -99,7 +99,7 @@ class _Table:
                 self._outcome.done_before += 1
                 return
             columns |= self._point(cell, side)
-            row = self._row(**columns, **self._run.stamp())
+            row = self._row(**(columns | self._run.stamp()))
             self._outcome.ok += 1
         except DiskError:
             raise
@@ -109,16 +109,17 @@ class _Table:
         except Exception as error:
             self._run.log.exception("kernel %s", cell)
             self._outcome.failed += 1
-            wrong = {"verified": "failed", "check": reason_of(error)} if isinstance(error, VerificationError) else {}
-            row = self._row(**columns, **wrong, **self._run.stamp(), status="failed", reason=reason_of(error))
+            if isinstance(error, VerificationError):
+                columns |= {"verified": "failed", "check": reason_of(error)}
+            row = self._row(**(columns | self._run.stamp()), status="failed", reason=reason_of(error))
         book.add(row)
 
     def _skip(self, cell: KernelCell, reason: str, book: RowBook) -> None:
         self._outcome.skipped += 1
         conditions = fingerprint(cell, "skipped", reason)
         if not book.done(_key(cell), conditions):
-            stamp = self._run.stamp()
-            book.add(self._row(**_columns(cell), **stamp, fingerprint=conditions, status="skipped", reason=reason))
+            columns = _columns(cell) | self._run.stamp() | {"fingerprint": conditions}
+            book.add(self._row(**columns, status="skipped", reason=reason))
 
     # -- one point -------------------------------------------------------------------------------------
 
@@ -209,8 +210,8 @@ class _Table:
             f"alg_count: {count}",
             f"torch: {packages.get('torch', 'unknown')}",
             f"CUDA runtime: {host.cuda or 'none'}",
-            f"warmup={stopping.warmup_s} s, repeat={stopping.min_samples}..{stopping.max_samples} until the 95 % interval is "
-            f"within +-{stopping.ci_rel:.0%} or {stopping.cap_s} s, verify=True",
+            f"warmup={stopping.warmup_s} s, repeat={stopping.min_samples}..{stopping.max_samples} until the "
+            f"95 % interval is within +-{stopping.ci_rel:.0%} or {stopping.cap_s} s, verify=True",
             f"M_list: {sorted({cell.m for cell in self._cells})}",
             f"NK_list: {list(shapes.values())}",
         ]

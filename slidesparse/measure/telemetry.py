@@ -22,7 +22,7 @@ THROTTLE_REASONS = {
     0x40: "thermal (hardware)",
     0x80: "power brake",
 }
-"""NVML clocks-event bits that mean slower than asked for (nvml.h, nvmlClocksEventReason*); idle and settings are not."""
+"""NVML clocks-event bits that mean slower than asked for (nvml.h, nvmlClocksEventReason*); idle is not one."""
 
 
 @dataclass(frozen=True)

@@ -147,18 +147,19 @@ class _Variant:
                 session.close()
             return
         for cell in cells:
-            columns = self._columns(cell) | {"fingerprint": prints[cell], "emulation": backend(self._variant.backend).emulation}
-            columns |= {"engine": runs_on.name, "startup_s": session.startup_s}
+            columns = self._columns(cell) | {"fingerprint": prints[cell], "engine": runs_on.name}
+            columns |= {"emulation": backend(self._variant.backend).emulation, "startup_s": session.startup_s}
             try:
-                row = self._row(**(columns | self._cell(cell, session, logits)), **self._run.stamp())
+                row = self._row(**(columns | self._cell(cell, session, logits) | self._run.stamp()))
                 self._outcome.ok += 1
             except DiskError:
                 raise
             except Exception as error:
                 self._run.log.exception("%s", cell)
                 self._outcome.failed += 1
-                wrong = {"verified": "failed", "check": reason_of(error)} if isinstance(error, VerificationError) else {}
-                row = self._row(**columns, **wrong, **self._run.stamp(), status="failed", reason=reason_of(error))
+                if isinstance(error, VerificationError):
+                    columns |= {"verified": "failed", "check": reason_of(error)}
+                row = self._row(**(columns | self._run.stamp()), status="failed", reason=reason_of(error))
             book.add(row)
             book.flush()
             bar.advance(note=str(cell))
@@ -247,10 +248,11 @@ def _figures(
     outputs = sum(step.outputs for step in (*prefills, *decodes))
     timed = [step for one in passes for step in (one[0] if cell.phase == "prefill" else one[1])]
     counted = {step.tokens for step in timed}
-    if counted != {cell.m} or prompt_tokens != cell.prompts * cell.prompt_len or outputs != cell.prompts * cell.output_len:
+    wanted = (cell.prompts * cell.prompt_len, cell.prompts * cell.output_len)
+    if counted != {cell.m} or (prompt_tokens, outputs) != wanted:
         raise VerificationError(
-            f"check failed: steps held {sorted(counted)} tokens, a pass {prompt_tokens} prompt and {outputs} output tokens; "
-            f"the cell has {cell.m}, {cell.prompts * cell.prompt_len} and {cell.prompts * cell.output_len}"
+            f"check failed: steps held {sorted(counted)} tokens, a pass {prompt_tokens} prompt and {outputs} output "
+            f"tokens; the cell has {cell.m}, {wanted[0]} and {wanted[1]}"
         )
     seconds = samples.interval
     rate = seconds.rate(prompt_tokens + outputs)

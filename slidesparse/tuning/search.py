@@ -16,7 +16,7 @@ from slidesparse.progress import track
 from slidesparse.records import TuneRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.candidates import Candidate, Workbench
-from slidesparse.tuning.store import TuningStore, Winner
+from slidesparse.tuning.store import Key, TuningStore, Winner
 
 
 def run_task(run: Run, task: Task) -> Outcome:
@@ -107,7 +107,7 @@ class _Tuner:
             lat_us=samples.interval.median * 1e6,
         )
 
-    def _keep(self, cell: TuneCell, key: tuple[str, str, str, str, int, int, int], rows: list[TuneRow]) -> None:
+    def _keep(self, cell: TuneCell, key: Key, rows: list[TuneRow]) -> None:
         """Failed rows first and the winner last: the cell's last row says whether it is done."""
         valid = sorted((row for row in rows if row.status == "ok"), key=lambda row: -row.lat_us)
         failed = [row for row in rows if row.status != "ok"]
@@ -118,13 +118,8 @@ class _Tuner:
             self._book.add(*failed)
             return
         best = valid[-1].model_copy(update={"winner": True})
-        operation, family, dtype, sparsity, m, n, k = key
-        self._store.put(
-            Winner(
-                operation, family, dtype, sparsity, m, n, k,
-                best.algorithm, best.alg_id, best.lat_us, self._store.versions, best.run_id, best.time_utc,
-            )  # fmt: skip
-        )
+        made = (best.algorithm, best.alg_id, best.lat_us, self._store.versions, best.run_id, best.time_utc)
+        self._store.put(Winner(*key, *made))
         self._outcome.ok += 1
         self._book.add(*failed, *valid[:-1], best)
 
@@ -155,7 +150,7 @@ def _columns(cell: TuneCell) -> dict[str, Any]:
     }
 
 
-def _winner_key(cell: TuneCell, chosen: Backend) -> tuple[str, str, str, str, int, int, int]:
+def _winner_key(cell: TuneCell, chosen: Backend) -> Key:
     family = chosen.name if cell.operation in ("dense_gemm", "sparse_gemm") else chosen.activations.name
     sparsity = "" if cell.variant.sparsity is None else str(cell.variant.sparsity)
     return cell.operation, family, cell.dtype.value, sparsity, cell.m, cell.n, cell.k

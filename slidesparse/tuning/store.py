@@ -26,6 +26,10 @@ KERNEL_PACKAGES = (
 """Packages whose version can change which algorithm wins."""
 
 
+Key = tuple[str, str, str, str, int, int, int]
+"""Operation, family, dtype, sparsity, M, N, K."""
+
+
 def kernel_versions() -> dict[str, str]:
     """Versions here of the packages that run kernels."""
     return {name: version for name, version in package_versions().items() if name in KERNEL_PACKAGES}
@@ -51,7 +55,7 @@ class Winner:
     time_utc: str
 
     @property
-    def key(self) -> tuple[str, str, str, str, int, int, int]:
+    def key(self) -> Key:
         return self.operation, self.family, self.dtype, self.sparsity, self.m, self.n, self.k
 
 
@@ -88,9 +92,10 @@ class TuningStore:
 
     def save(self) -> None:
         """Write the file whole. Raises DiskError."""
-        files.write_json(self._path, {"format": FORMAT, "winners": [asdict(winner) for winner in self._winners.values()]})
+        winners = [asdict(winner) for winner in self._winners.values()]
+        files.write_json(self._path, {"format": FORMAT, "winners": winners})
 
-    def holds(self, winner_key: tuple[str, str, str, str, int, int, int]) -> bool:
+    def holds(self, winner_key: Key) -> bool:
         """Is there an entry of exactly this key, of the versions here?"""
         winner = self._winners.get(winner_key)
         return winner is not None and winner.versions == self._versions

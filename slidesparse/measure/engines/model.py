@@ -60,7 +60,8 @@ def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
             tensor = checkpoint.load(name).to(dtype)
             if tensor.shape != parameter.shape:
                 raise CheckpointError(
-                    f"tensor {name} is {tuple(tensor.shape)}, but config.json says {tuple(parameter.shape)}; prepare again"
+                    f"tensor {name} is {tuple(tensor.shape)}, but config.json says {tuple(parameter.shape)}; "
+                    f"prepare the model again"
                 )
             state[name] = tensor
     model.load_state_dict(state, strict=False, assign=True)

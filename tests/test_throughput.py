@@ -1,0 +1,317 @@
+"""Tasks 4 and 5: cell definitions, rates from counted tokens, checks first, failures that stay in their cell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from small_models import BITNET, checkpoint
+from small_runs import MODEL, QUICK, small_run, task
+
+from slidesparse import records
+from slidesparse.checkpoint.checkpoint import Checkpoint
+from slidesparse.dtypes import DType
+from slidesparse.errors import CheckpointError, DiskError
+from slidesparse.kernels.verify import Check
+from slidesparse.measure import throughput
+from slidesparse.measure.engines.base import DecodeResult, StepResult
+from slidesparse.pattern import Sparsity
+from slidesparse.plan import Phase, Variant
+from slidesparse.run import Run
+from slidesparse.tuning import search
+from slidesparse.tuning.store import TuningStore
+
+DENSE, SPARSE = Variant("cpu_dense"), Variant("cpu_sparse", Sparsity(8))
+PUBLISHED = {
+    "prefill": "M_prefill,prompt_len,max_num_seqs,num_prompts,N_prefill,requests_per_s,tokens_per_s,elapsed_time_s",
+    "decode": (
+        "M_decode,prompt_len,max_num_seqs,num_prompts,N_decode,output_len,requests_per_s,tokens_per_s,elapsed_time_s"
+    ),
+}
+
+
+class FakeSession:
+    """An engine of known speed: 1 ms a token in a step."""
+
+    vocabulary = 50
+    startup_s = 0.25
+
+    def __init__(self) -> None:
+        self.prompts: list[torch.Tensor] = []
+        self.log: Counter[str] = Counter()
+        self.lost = 0
+        self.fail_at = -1
+        self.logits = Check("exact", "logits fine")
+        self.closed = False
+
+    def begin(self) -> None:
+        self.log["begin"] += 1
+
+    def prefill_step(self, tokens: torch.Tensor) -> StepResult:
+        if tokens.numel() == self.fail_at:
+            raise MemoryError("no room for 16 tokens")
+        self.prompts.append(tokens)
+        self.log["steps"] += 1
+        return StepResult(tokens.numel() * 1e-3, tokens.numel() - self.lost, tokens.shape[0])
+
+    def decode(self, tokens: torch.Tensor, output_len: int) -> DecodeResult:
+        count = tokens.shape[0]
+        steps = tuple(StepResult(count * 1e-3, count, count) for _ in range(output_len - 1))
+        return DecodeResult(self.prefill_step(tokens), steps, torch.zeros(count, output_len, dtype=torch.int64))
+
+    def check_logits(self, prompts: torch.Tensor) -> Check:
+        return self.logits
+
+    def check_step(self, tokens: torch.Tensor, phase: Phase) -> Check:
+        self.log[f"check {phase} {tuple(tokens.shape)}"] += 1
+        return Check("within_bound", "layers fine")
+
+    def path(self) -> str:
+        return "fake path"
+
+    def tuning(self) -> str:
+        return "hits 0, nearest 0, missed 0, stale 0"
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeEngine:
+    name = "transformers"
+
+    def __init__(self) -> None:
+        self.sessions: list[FakeSession] = []
+        self.settings: dict[str, object] = {}
+        self.unloadable: Variant | None = None
+
+    def require(self, machine: object) -> None:
+        pass
+
+    def versions(self) -> dict[str, str]:
+        return {"fake": "1"}
+
+    def open(self, folder: Path, dtype: DType, variant: Variant, store: TuningStore) -> FakeSession:
+        if variant == self.unloadable:
+            raise MemoryError("model too large")
+        session = FakeSession()
+        for name, value in self.settings.items():
+            setattr(session, name, value)
+        self.sessions.append(session)
+        return session
+
+
+@pytest.fixture(autouse=True)
+def checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any folder of the plan holds its checkpoint."""
+
+    def opens(folder: Path) -> object:
+        dtype = DType.INT8 if "-INT8" in folder.name else DType.FP8
+        return checkpoint(BITNET, dtype, Sparsity(8) if "SlideSparse" in folder.name else None)
+
+    monkeypatch.setattr(Checkpoint, "open", opens)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine()
+    monkeypatch.setattr(throughput, "engine", lambda name: fake)
+    return fake
+
+
+def table(run: Run, phase: Phase, variant: Variant = DENSE, dtype: DType = DType.INT8) -> pd.DataFrame:
+    return records.read(run.tree.throughput(phase, MODEL, dtype, variant))
+
+
+# -- figures -------------------------------------------------------------------------------------------
+
+
+def test_prefill_figures_follow_the_definition(tmp_path: Path, fake: FakeEngine) -> None:
+    """M = 16, prompts of 8: 2 sequences a step, 2 steps: 4 prompts, 32 prompt tokens + 4 outputs in 32 ms."""
+    run = small_run(tmp_path)
+    assert throughput.run_task(run, task(run, "prefill")).failed == 0
+    row = table(run, "prefill").query("M_prefill == 16").iloc[0]
+    assert (row["prompt_len"], row["max_num_seqs"], row["num_prompts"], row["N_prefill"]) == (8, 2, 4, 2)
+    assert row["elapsed_time_s"] == pytest.approx(0.032)
+    assert row["tokens_per_s"] == pytest.approx(36 / 0.032)
+    assert row["requests_per_s"] == pytest.approx(4 / 0.032)
+    assert row["output_tokens_per_s"] == pytest.approx(4 / 0.032)
+    assert row["steady_tokens_per_s"] == pytest.approx(1000)
+    assert (row["step_ms"], row["tokens_per_step"]) == (pytest.approx(16), 16)
+    assert row["ci_low"] == pytest.approx(row["tokens_per_s"]) == row["p20"]
+    assert (row["stop"], row["passes"], row["samples"]) == ("interval", 2, 2)
+    assert (row["verified"], row["check"]) == ("within_bound", "logits fine; layers fine")
+    assert (row["path"], row["startup_s"], row["emulation"]) == ("fake path", 0.25, True)
+
+
+def test_decode_figures_follow_the_definition(tmp_path: Path, fake: FakeEngine) -> None:
+    """3 sequences of 4 prompt and 3 output tokens: 12 ms to read, 2 steps of 3 ms."""
+    run = small_run(tmp_path)
+    throughput.run_task(run, task(run, "decode"))
+    row = table(run, "decode").iloc[0]
+    assert (row["M_decode"], row["num_prompts"], row["N_decode"], row["output_len"]) == (3, 3, 3, 3)
+    assert row["elapsed_time_s"] == pytest.approx(0.018)
+    assert row["tokens_per_s"] == pytest.approx((12 + 9) / 0.018)
+    assert row["output_tokens_per_s"] == pytest.approx(9 / 0.018)
+    assert row["steady_tokens_per_s"] == pytest.approx(6 / 0.006), "reading the prompts is left out"
+    assert (row["step_ms"], row["tokens_per_step"]) == (pytest.approx(3), 3)
+
+
+def test_every_step_has_fresh_prompts_and_runs_repeat_them(tmp_path: Path, fake: FakeEngine) -> None:
+    for number in (1, 2):
+        run = small_run(tmp_path / str(number))
+        throughput.run_task(run, task(run, "prefill"))
+    first, second = fake.sessions[0].prompts, fake.sessions[4].prompts
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_published_columns_lead(tmp_path: Path, fake: FakeEngine) -> None:
+    run = small_run(tmp_path)
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    for phase in phases:
+        throughput.run_task(run, task(run, phase))
+        text = run.tree.throughput(phase, MODEL, DType.FP8, SPARSE).read_text()
+        assert text.startswith(PUBLISHED[phase] + ",")
+
+
+# -- order, sessions, resume -----------------------------------------------------------------------------
+
+
+def test_one_session_a_variant_and_every_cell_checked_at_its_own_size(tmp_path: Path, fake: FakeEngine) -> None:
+    run = small_run(tmp_path)
+    outcome = throughput.run_task(run, task(run, "prefill"))
+    assert outcome.ok == 8
+    assert len(fake.sessions) == 4, "2 types x (dense, 2:8)"
+    for session in fake.sessions:
+        assert session.closed
+        assert session.log["begin"] == 2
+        assert session.log["check prefill (1, 4)"] == session.log["check prefill (2, 8)"] == 1
+
+
+def test_a_second_run_opens_nothing_and_a_new_winner_measures_again(tmp_path: Path, fake: FakeEngine) -> None:
+    run = small_run(tmp_path)
+    throughput.run_task(run, task(run, "decode"))
+    opened = len(fake.sessions)
+    outcome = throughput.run_task(run, task(run, "decode"))
+    assert outcome.done_before == outcome.ok == 4
+    assert len(fake.sessions) == opened
+    search.run_task(run, task(run, "tune"))
+    assert throughput.run_task(run, task(run, "decode")).done_before == 0, "tuning decides what runs"
+
+
+def test_only_missing_cells_are_measured(tmp_path: Path, fake: FakeEngine) -> None:
+    few = small_run(tmp_path, prefill={"m": [16], "prompt_cap": 8, "steps": 2, "stopping": QUICK})
+    throughput.run_task(few, task(few, "prefill"))
+    run = small_run(tmp_path)
+    outcome = throughput.run_task(run, task(run, "prefill"))
+    assert (outcome.ok, outcome.done_before) == (8, 4)
+    assert len(table(run, "prefill")) == 2
+
+
+# -- failures ------------------------------------------------------------------------------------------
+
+
+def test_a_memory_error_ends_its_cell_only(tmp_path: Path, fake: FakeEngine) -> None:
+    fake.settings["fail_at"] = 16
+    run = small_run(tmp_path)
+    outcome = throughput.run_task(run, task(run, "prefill"))
+    assert (outcome.ok, outcome.failed, outcome.status) == (4, 4, "failed")
+    frame = table(run, "prefill").set_index("M_prefill")
+    assert (frame.loc[4, "status"], frame.loc[16, "status"]) == ("ok", "failed")
+    assert frame.loc[16, "reason"] == "MemoryError: no room for 16 tokens"
+    assert frame.loc[16, "tokens_per_s"] == frame.loc[16, "elapsed_time_s"] == frame.loc[16, "ci_low"] == -1
+    fake.settings.clear()
+    assert throughput.run_task(run, task(run, "prefill")).done_before == 4
+
+
+def test_a_variant_that_does_not_load_fails_its_cells_only(tmp_path: Path, fake: FakeEngine) -> None:
+    fake.unloadable = SPARSE
+    run = small_run(tmp_path)
+    outcome = throughput.run_task(run, task(run, "prefill"))
+    assert (outcome.ok, outcome.failed) == (4, 4)
+    assert set(table(run, "prefill", SPARSE)["reason"]) == {"MemoryError: model too large"}
+
+
+def test_wrong_logits_give_failed_rows_without_numbers(tmp_path: Path, fake: FakeEngine) -> None:
+    fake.settings["logits"] = Check("failed", "logits: relative error 0.7")
+    run = small_run(tmp_path)
+    outcome = throughput.run_task(run, task(run, "decode"))
+    assert (outcome.ok, outcome.failed) == (0, 4)
+    row = table(run, "decode").iloc[0]
+    assert (row["status"], row["verified"], row["tokens_per_s"]) == ("failed", "failed", -1)
+    assert "relative error 0.7" in row["reason"]
+    assert all(session.closed and not session.log["steps"] for session in fake.sessions), "nothing is timed"
+
+
+def test_steps_that_hold_other_tokens_than_the_cell_are_no_result(tmp_path: Path, fake: FakeEngine) -> None:
+    """An engine that splits or pads a step would otherwise report another M's rate."""
+    fake.settings["lost"] = 1
+    run = small_run(tmp_path)
+    assert throughput.run_task(run, task(run, "prefill")).failed == 8
+    row = table(run, "prefill").iloc[0]
+    assert "steps held [3] tokens" in row["reason"]
+    assert row["tokens_per_s"] == -1
+
+
+def test_a_missing_checkpoint_is_a_failure_with_its_reason(
+    tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(folder: Path) -> object:
+        raise CheckpointError(f"{folder.name}: no config.json; run prepare first")
+
+    monkeypatch.setattr(Checkpoint, "open", missing)
+    run = small_run(tmp_path)
+    assert throughput.run_task(run, task(run, "decode")).failed == 4
+    assert table(run, "decode").iloc[0]["reason"] == "Tiny-INT8: no config.json; run prepare first"
+
+
+def test_missing_hardware_is_skipped_once(tmp_path: Path) -> None:
+    run = small_run(tmp_path, engine="vllm")
+    for _ in range(2):
+        outcome = throughput.run_task(run, task(run, "decode"))
+        assert (outcome.skipped, outcome.failed, outcome.status) == (4, 0, "skipped")
+    frame = table(run, "decode")
+    assert frame["status"].tolist() == ["skipped"]
+    assert "needs an NVIDIA GPU" in frame["reason"].iloc[0]
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_recorded(
+    tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_run(tmp_path)
+    genuine, written = records.append, Counter[str]()
+
+    def append(path: Path, rows: object, header: object = ()) -> None:
+        rows = list(rows)  # type: ignore[call-overload]
+        written["rows"] += len(rows)
+        if written["rows"] > 1:
+            raise DiskError("disk full")
+        genuine(path, rows, header)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(records, "append", append)
+    with pytest.raises(DiskError):
+        throughput.run_task(run, task(run, "prefill"))
+    assert len(table(run, "prefill")) == 1
+
+
+# -- with the real engine --------------------------------------------------------------------------------
+
+
+def test_tuned_end_to_end_on_the_transformers_engine(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    search.run_task(run, task(run, "tune"))
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    for phase in phases:
+        outcome = throughput.run_task(run, task(run, phase))
+        assert (outcome.failed, outcome.skipped) == (0, 0)
+        for dtype in DType:
+            for variant in (DENSE, SPARSE):
+                frame = table(run, phase, variant, dtype)
+                assert set(frame["verified"]) <= {"exact", "within_bound"}
+                assert (frame["tokens_per_s"] > 0).all()
+                assert frame["path"].str.contains(variant.backend).all()
+                assert frame["tuning"].str.contains(r"missed 0, stale 0").all(), frame["tuning"].tolist()
+                assert (frame["peak_rss_mib"] > 10).all()
