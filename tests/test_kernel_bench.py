@@ -193,6 +193,24 @@ def test_an_exception_in_one_point_does_not_end_the_others(tmp_path: Path, monke
     assert len(table(run, DENSE)) == 5
 
 
+def test_an_interrupted_run_keeps_its_points_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine, calls = kernel_bench.rank, []
+
+    def rank(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return genuine(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kernel_bench, "rank", rank)
+    run = small_run(tmp_path, dtypes=["INT8"])
+    with pytest.raises(KeyboardInterrupt):
+        kernel_bench.run_task(run, task(run, "kernel_dense"))
+    assert table(run, DENSE)["status"].tolist() == ["ok", "ok"]
+    outcome = kernel_bench.run_task(run, task(run, "kernel_dense"))
+    assert (outcome.ok, outcome.done_before) == (4, 2)
+
+
 def test_a_second_run_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small_run(tmp_path)
     kernel_bench.run_task(run, task(run, "kernel_high"))

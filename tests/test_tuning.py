@@ -155,6 +155,22 @@ def test_a_lost_store_or_other_conditions_are_measured_again(tmp_path: Path) -> 
     assert search.run_task(reseeded, task(reseeded, "tune")).done_before == 0
 
 
+def test_winners_are_on_disk_before_the_rows_that_speak_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, a run measures some cells again; the other way round it would miss their winners for good."""
+    run = small_run(tmp_path, dtypes=["INT8"])
+    genuine = records.append
+
+    def append(path: Path, rows: list[records.TuneRow], header: object = ()) -> None:
+        stored = json.loads(run.tree.tuning_store.read_text())["winners"]
+        assert len(stored) >= sum(row.winner for row in rows) > 0
+        genuine(path, rows)
+
+    monkeypatch.setattr(records, "append", append)
+    assert search.run_task(run, task(run, "tune")).failed == 0
+
+
 def test_a_fast_wrong_candidate_cannot_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It writes nothing, so it is by far the fastest; the poisoned output gives it away."""
     genuine = cpu_dense.CpuDense.gemm
