@@ -194,6 +194,11 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def throughput_cells(profile: Profile, phase: Phase) -> tuple[ThroughputCell, ...]:
+    """The cells of one phase; they depend on the profile alone, so the report can count those that did not run."""
+    return tuple(_prefill(profile) if phase == "prefill" else _decode(profile))
+
+
 # -- cells -------------------------------------------------------------------------------------------
 
 

@@ -387,7 +387,9 @@ def append(path: Path, rows: Iterable[Row], header: Iterable[str] = ()) -> None:
     comments, old, cells = _parse(path)
     unknown = [name for name in old if name not in columns]
     if unknown:
-        raise RecordError(f"{path}: unknown columns {', '.join(unknown)}; it was written by another version: move it aside")
+        raise RecordError(
+            f"{path}: unknown columns {', '.join(unknown)}; it was written by another version: move it aside"
+        )
     if old != columns:
         place = {name: index for index, name in enumerate(old)}
         cells = [[row[place[name]] if name in place else "" for name in columns] for row in cells]
@@ -497,8 +499,5 @@ FLAG_COLUMNS = frozenset(
     name for row in _ROW_TYPES for name, field in row.model_fields.items() if field.annotation is bool
 )
 TEXT_COLUMNS = frozenset(
-    name
-    for row in _ROW_TYPES
-    for name, field in row.model_fields.items()
-    if field.annotation not in (int, float, bool)
+    name for row in _ROW_TYPES for name, field in row.model_fields.items() if field.annotation not in (int, float, bool)
 )

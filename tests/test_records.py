@@ -68,7 +68,8 @@ def test_leading_columns_are_those_of_the_published_files(tmp_path: Path, row: r
     theirs = list(pd.read_csv(PUBLISHED / published, comment="#").columns)
     ours = list(pd.read_csv(path, comment="#").columns)
     assert ours[: len(theirs)] == theirs
-    assert "verified" in ours[len(theirs) :] and "path" in ours[len(theirs) :]
+    assert "verified" in ours[len(theirs) :]
+    assert "path" in ours[len(theirs) :]
 
 
 def test_a_reader_of_published_files_reads_ours(tmp_path: Path) -> None:
@@ -154,7 +155,8 @@ def test_types_come_back(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     records.append(path, [prefill(1, host_bound=True, emulation=True), prefill(2)])
     frame = records.read(path)
-    assert frame["host_bound"].tolist() == [True, False] and frame["host_bound"].dtype == bool
+    assert frame["host_bound"].tolist() == [True, False]
+    assert frame["host_bound"].dtype == bool
     assert pd.api.types.is_integer_dtype(frame["M_prefill"])
     assert frame["sparsity"].tolist() == ["", ""]
 
@@ -257,7 +259,8 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, content: bytes, pr
     for action in (lambda: records.read(path), lambda: records.append(path, [prefill(1)])):
         with pytest.raises(RecordError, match=problem) as error:
             action()
-        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+        assert str(error.value).startswith(str(path))
+        assert "\n" not in str(error.value)
     assert path.read_bytes() == content
 
 

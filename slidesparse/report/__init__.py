@@ -1,0 +1,1 @@
+"""Reads records, compares, draws, renders `report.md`. Looks at nothing but the result tree."""

@@ -1,0 +1,168 @@
+"""Speed-ups with intervals, and what they say. Statistics themselves are in `measure/statistics.py`.
+
+End to end: ratio of two independent medians of tokens/s, sparse over dense, with the MOVER interval on
+logarithms (`statistics.unpaired_ratio`). Kernel: the row's own paired ratio of interleaved samples; where a
+file has none (published ones), the ratio of the two files' latencies.
+Only a ratio of two checked rows supports a statement; one whose interval contains 1 shows no difference.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pandas as pd
+
+from slidesparse.config import Profile
+from slidesparse.measure.statistics import Interval, unpaired_ratio
+from slidesparse.pattern import Sparsity
+from slidesparse.report.collect import PHASES, Records
+
+Verdict = Literal["faster", "slower", "no difference shown", "no interval"]
+CHECKED = ("exact", "within_bound")
+STOCK = "vllm"
+"""A dense backend with an epilogue of its own: shown as a row, never the base of a ratio if there is another."""
+SPEEDUP_COLUMNS = (
+    "kind", "model", "dtype", "backend", "sparsity", "baseline", "m", "n", "k", "layer",
+    "ratio", "low", "high", "bound", "checked", "noisy", "host_bound", "verdict",
+)  # fmt: skip
+
+
+def pattern_order(sparsity: str) -> float:
+    """Dense first, then by L, 2:inf last."""
+    if not sparsity:
+        return 0.0
+    length = Sparsity.parse(sparsity).l
+    return float("inf") if length is None else float(length)
+
+
+def bound(sparsity: str) -> float:
+    """L/(L-2), and 1 for dense."""
+    return Sparsity.parse(sparsity).speedup_bound if sparsity else 1.0
+
+
+def label(backend: str, sparsity: str) -> str:
+    """`cusparselt 2:8`."""
+    return f"{backend} {sparsity}".strip()
+
+
+def verdict(low: float, high: float) -> Verdict:
+    """What an interval of a ratio (1: the same) shows."""
+    if not low > 0 or not high > 0:
+        return "no interval"
+    if low > 1:
+        return "faster"
+    return "slower" if high < 1 else "no difference shown"
+
+
+def checked(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Rows that were measured and agreed with their reference."""
+    return (frame["status"] == "ok") & frame["verified"].isin(CHECKED)
+
+
+def noisy(frame: pd.DataFrame, limit: float | None) -> pd.Series[bool]:
+    """Measured rows whose interval is wider than the profile's limit, or that the time cap ended."""
+    wide = frame["stop"] == "time cap"
+    if limit is not None:
+        wide = wide | (frame["ci_rel"] > limit)
+    return (frame["status"] == "ok") & wide
+
+
+def limit_of(profile: Profile | None, kind: str) -> float | None:
+    """The profile's limit of the relative half width: of `prefill`, `decode`, `kernel` or `tune`."""
+    if profile is None:
+        return None
+    section = {"prefill": profile.prefill, "decode": profile.decode, "kernel": profile.kernel, "tune": profile.tune}
+    return section[kind].stopping.ci_rel
+
+
+def baseline(backends: list[str], profile: Profile | None = None) -> str:
+    """The dense backend that ratios are taken against: the profile's first, else the first that is not stock."""
+    order = [name for name in (profile.backends.dense if profile else ()) if name in backends] + sorted(backends)
+    return next((name for name in order if name != STOCK), order[0] if order else "")
+
+
+def geometric_mean(ratios: pd.Series[float]) -> float:
+    """The mean that treats a ratio and its inverse alike."""
+    return math.exp(float(ratios.map(math.log).mean()))
+
+
+def speedups(records: Records) -> pd.DataFrame:
+    """All ratios of a tree, columns SPEEDUP_COLUMNS, in the order of the tables. Empty frame with columns if none."""
+    rows = [row for phase in PHASES for row in _end_to_end(records, phase)] + _kernel(records)
+    return pd.DataFrame(rows, columns=list(SPEEDUP_COLUMNS))
+
+
+def _end_to_end(records: Records, phase: str) -> list[dict[str, object]]:
+    frame = records.throughput[phase]  # type: ignore[index]
+    if frame.empty:
+        return []
+    frame = frame.assign(checked=checked(frame), noisy=noisy(frame, limit_of(records.profile, phase)))
+    rows: list[dict[str, object]] = []
+    for (model, dtype), group in frame[frame["status"] == "ok"].groupby(["model", "dtype"], sort=False):
+        base = baseline(sorted(set(group.loc[group["sparsity"] == "", "backend"])), records.profile)
+        dense = group[(group["backend"] == base) & (group["sparsity"] == "")].set_index("m")
+        for _, row in group.iterrows():
+            if row["m"] not in dense.index or (row["backend"] == base and not row["sparsity"]):
+                continue
+            twin = dense.loc[row["m"]]
+            ratio = _ratio(row, twin, "tokens_per_s")
+            place = {"kind": phase, "model": model, "dtype": dtype, "n": 0, "k": 0, "layer": ""}
+            rows.append(place | _shared(row, twin, base, int(row["m"])) | ratio)
+    return rows
+
+
+def _kernel(records: Records) -> list[dict[str, object]]:
+    frame = records.kernel
+    if frame.empty:
+        return []
+    frame = frame.assign(
+        checked=checked(frame), noisy=noisy(frame, limit_of(records.profile, "kernel")), host_bound=False
+    )
+    rows: list[dict[str, object]] = []
+    for (model, dtype), group in frame[frame["status"] == "ok"].groupby(["model", "dtype"], sort=False):
+        base = baseline(sorted(set(group.loc[group["sparsity"] == "", "backend"])), records.profile)
+        dense = group[(group["backend"] == base) & (group["sparsity"] == "")].set_index(["M", "N", "K_model"])
+        for _, row in group.iterrows():
+            if row["backend"] == base and not row["sparsity"]:
+                continue
+            size = (row["M"], row["N"], row["K_model"])
+            twin = dense.loc[size] if size in dense.index else None
+            if row["speedup"] > 0:
+                # The twin was checked before it was timed beside this row: its trust is this row's own.
+                ratio = {"ratio": row["speedup"], "low": row["speedup_low"], "high": row["speedup_high"]}
+                twin = row
+            elif twin is not None:
+                ratio = _ratio(twin, row, "lat_us_1")
+            else:
+                continue
+            ratio["verdict"] = verdict(ratio["low"], ratio["high"])
+            place = {"kind": "kernel", "model": model, "dtype": dtype, "n": int(row["N"]), "k": int(row["K_model"])}
+            layer = row["layer"] or f"{row['N']}x{row['K_model']}"
+            rows.append(place | {"layer": layer} | _shared(row, twin, base, int(row["M"])) | ratio)
+    return rows
+
+
+def _shared(row: pd.Series, twin: pd.Series, base: str, m: int) -> dict[str, object]:
+    return {
+        "backend": row["backend"],
+        "sparsity": row["sparsity"],
+        "baseline": base,
+        "m": m,
+        "bound": bound(row["sparsity"]),
+        "checked": bool(row["checked"] and twin["checked"]),
+        "noisy": bool(row["noisy"] or twin["noisy"]),
+        "host_bound": bool(row["host_bound"] or twin["host_bound"]),
+    }
+
+
+def _ratio(numerator: pd.Series, denominator: pd.Series, figure: str) -> dict[str, object]:
+    ratio = float(numerator[figure]) / float(denominator[figure])
+    if not all(row["ci_low"] > 0 and row["ci_high"] > 0 for row in (numerator, denominator)):
+        return {"ratio": ratio, "low": float("nan"), "high": float("nan"), "verdict": "no interval"}
+    found = unpaired_ratio(_interval(numerator, figure), _interval(denominator, figure))
+    return {"ratio": ratio, "low": found.low, "high": found.high, "verdict": verdict(found.low, found.high)}
+
+
+def _interval(row: pd.Series, figure: str) -> Interval:
+    return Interval(float(row[figure]), float(row["ci_low"]), float(row["ci_high"]))

@@ -1,0 +1,108 @@
+"""Figures: ratio against dense over M, with intervals and bounds. Same records, same bytes of SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from slidesparse.files import write_text
+from slidesparse.report import compare
+from slidesparse.report.view import View
+
+STYLE = {
+    "svg.hashsalt": "slidesparse",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6e4b1f", "#444444")
+"""Okabe and Ito's palette, told apart by colour-blind readers."""
+NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+def draw_all(view: View, folder: Path) -> dict[tuple[str, str, str], str]:
+    """Write one figure for each (kind, model, dtype) with ratios; returns their file names.
+
+    SVGs that an earlier report left in the folder and this one does not show are removed.
+
+    Raises:
+        DiskError: the folder cannot be written.
+    """
+    names: dict[tuple[str, str, str], str] = {}
+    frame = view.speedups[view.speedups["sparsity"] != ""]
+    for (kind, model, dtype), part in frame.groupby(["kind", "model", "dtype"], sort=True):
+        name = f"{kind}_{model}-{'INT8' if dtype == 'INT8' else 'FP8'}.svg"
+        panels = _panels(part) if kind == "kernel" else [("", part)]
+        title = f"{str(kind).capitalize()}, {model} {dtype}: {view.ratio_name} against {part['baseline'].iloc[0]}"
+        write_text(folder / name, _draw(view, title, panels))
+        names[(str(kind), str(model), str(dtype))] = name
+    for stale in sorted(folder.glob("*.svg")):
+        if stale.name not in names.values():
+            stale.unlink()
+    return names
+
+
+def _panels(part: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    shapes = dict.fromkeys(zip(part["layer"], part["n"], part["k"], strict=True))
+    return [
+        (f"{layer} (N={n}, K={k})", part[(part["layer"] == layer) & (part["n"] == n) & (part["k"] == k)])
+        for layer, n, k in shapes
+    ]
+
+
+def _draw(view: View, title: str, panels: Sequence[tuple[str, pd.DataFrame]]) -> str:
+    with matplotlib.rc_context(STYLE):
+        columns = min(2, len(panels))
+        lines = -(-len(panels) // columns)
+        figure = Figure(figsize=(5.2 * columns + 1.4, 2.9 * lines + 0.5), layout="constrained")
+        figure.suptitle(title, fontsize=10)
+        grid = figure.subplots(lines, columns, squeeze=False, sharex=True)
+        variants = view.sorted_variants(
+            (b, s) for _, part in panels for b, s in zip(part["backend"], part["sparsity"], strict=True)
+        )
+        for index, axes in enumerate(grid.flat):
+            if index >= len(panels):
+                axes.set_visible(False)
+                continue
+            _panel(axes, view, variants, *panels[index])
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=NO_METADATA)
+    return buffer.getvalue()
+
+
+def _panel(axes: Axes, view: View, variants: list[tuple[str, str]], name: str, part: pd.DataFrame) -> None:
+    axes.axhline(1.0, color="#888888", linewidth=0.8)
+    many = len({backend for backend, _ in variants}) > 1
+    for index, (backend, sparsity) in enumerate(variants):
+        rows = part[(part["backend"] == backend) & (part["sparsity"] == sparsity)].sort_values("m")
+        colour = COLOURS[index % len(COLOURS)]
+        limit = compare.bound(sparsity)
+        label = compare.label(backend, sparsity) if many else sparsity
+        low = (rows["ratio"] - rows["low"]).clip(lower=0).fillna(0.0)
+        high = (rows["high"] - rows["ratio"]).clip(lower=0).fillna(0.0)
+        axes.errorbar(
+            rows["m"], rows["ratio"], yerr=[low, high], color=colour, marker="o", markersize=3, linewidth=1.2,
+            capsize=2, label=label if view.emulation else f"{label} (bound {limit:.3f})",
+        )  # fmt: skip
+        if not view.emulation:
+            axes.axhline(limit, color=colour, linewidth=0.6, linestyle=":")
+    axes.set_xscale("log", base=2)
+    ms = sorted(set(part["m"]))
+    axes.set_xticks(ms, [str(m) for m in ms])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("M")
+    axes.set_ylabel("dense time / time")
+    if name:
+        axes.set_title(name, fontsize=9)

@@ -1,0 +1,189 @@
+"""Kernel section (tasks 6 to 8): latency, paired ratios, checks, best algorithms, for each model and type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from slidesparse.report import compare
+from slidesparse.report.markdown import Table, code, fixed, integer, percent, significant, text
+from slidesparse.report.view import CHECKED, NOISY, TASKS, View, ratio_cell, state
+
+
+@dataclass(frozen=True)
+class KernelBlock:
+    """One model and type."""
+
+    title: str
+    key: str
+    matrix: Table
+    latency: Table
+    ratios: Table
+    algorithms: Table
+    not_run: int
+    facts: list[str]
+
+
+@dataclass(frozen=True)
+class KernelSection:
+    """Tasks 6 to 8. `missing`: tasks without any row, with their names for the command line."""
+
+    missing: list[str]
+    configuration: list[str]
+    blocks: list[KernelBlock]
+    files: list[str]
+
+
+def kernel_section(view: View) -> KernelSection:
+    """Everything recorded on kernels."""
+    frame = view.records.kernel
+    if frame.empty:
+        return KernelSection(list(TASKS.values()), _configuration(view, frame), [], [])
+    present = {view.kernel_task(sparsity) for sparsity in frame["sparsity"]}
+    planned = view.planned_kernel()
+    blocks = []
+    for model in view.models(frame):
+        for dtype in view.dtypes(frame):
+            rows = frame[(frame["model"] == model) & (frame["dtype"] == dtype)]
+            if not rows.empty:
+                wanted = {cell[3:] for cell in planned if cell[1:3] == (model, dtype)}
+                blocks.append(_block(view, model, dtype, rows, wanted))
+    missing = [title for name, title in TASKS.items() if name not in present]
+    return KernelSection(missing, _configuration(view, frame), blocks, list(dict.fromkeys(frame["file"])))
+
+
+Key = tuple[str, str, int, int, int]
+"""backend, sparsity, M, N, K before lifting."""
+
+
+def _block(view: View, model: str, dtype: str, frame: pd.DataFrame, planned: set[Key]) -> KernelBlock:
+    rows: dict[Key, pd.Series] = {
+        (r["backend"], r["sparsity"], int(r["M"]), int(r["N"]), int(r["K_model"])): r for _, r in frame.iterrows()
+    }
+    keys = {*planned, *rows}
+    variants = view.sorted_variants((key[0], key[1]) for key in keys)
+    ms = sorted({key[2] for key in keys})
+    names = {(n, k): row["layer"] for (_, _, _, n, k), row in rows.items() if row["layer"]}
+    shapes = list(dict.fromkeys((key[3], key[4]) for key in rows))
+    noise = dict(zip(rows, compare.noisy(frame, compare.limit_of(view.records.profile, "kernel")), strict=True))
+
+    matrix, latency, algorithms = [], [], []
+    for backend, sparsity in variants:
+        name = compare.label(backend, sparsity)
+        count = dict.fromkeys(("exact", "within_bound", "failed", "not_checked"), 0)
+        marks = []
+        for n, k in shapes:
+            points = [rows.get((backend, sparsity, m, n, k)) for m in ms]
+            for row in points:
+                if row is not None and (row["status"] == "ok" or row["verified"] == "failed"):
+                    count[str(row["verified"])] += 1
+            states = [state(row) for row in points]
+            marks += states
+            shape = _shape(names, n, k)
+            latency.append([shape, name, *(
+                _latency(row, noise[(backend, sparsity, m, n, k)]) if row is not None and row["status"] == "ok" else mark
+                for m, row, mark in zip(ms, points, states, strict=True)
+            )])  # fmt: skip
+            algorithms.append([shape, name, *(
+                f"{code(row['algorithm'] or int(row['alg_id_1']))} of {integer(row['alg_count'])}"
+                if row is not None and row["status"] == "ok" else mark
+                for row, mark in zip(points, states, strict=True)
+            )])  # fmt: skip
+        counts = [integer(count[kind]) for kind in ("exact", "within_bound", "failed", "not_checked")]
+        others = [integer(marks.count(mark)) for mark in ("✗", "⊘", "·")]
+        matrix.append(
+            [name, TASKS[view.kernel_task(sparsity)], *counts, *others, f"{marks.count(CHECKED)} of {len(marks)}"]
+        )
+    latency.sort(key=lambda row: [_shape(names, *shape) for shape in shapes].index(row[0]))
+    algorithms.sort(key=lambda row: [_shape(names, *shape) for shape in shapes].index(row[0]))
+    columns = [f"M={m}" for m in ms]
+    head = [
+        "variant",
+        "task",
+        "exact",
+        "within bound",
+        "check failed",
+        "not checked",
+        "cell ✗",
+        "cell ⊘",
+        "not run",
+        "points checked",
+    ]
+    return KernelBlock(
+        title=f"{model} {dtype}",
+        key=f"{model}-{'INT8' if dtype == 'INT8' else 'FP8'}",
+        matrix=Table(head, matrix, left=2),
+        latency=Table(["layer (N x K)", "latency, µs", *columns], _once(latency), left=2),
+        ratios=_ratios(view, model, dtype, names, shapes, ms),
+        algorithms=Table(["layer (N x K)", "best algorithm", *columns], _once(algorithms), left=2),
+        not_run=len(planned - set(rows)),
+        facts=_facts(view, frame),
+    )
+
+
+def _configuration(view: View, frame: pd.DataFrame) -> list[str]:
+    lines = []
+    if view.records.profile is not None:
+        stop = view.records.profile.kernel.stopping
+        lines.append(
+            f"Each point is repeated until the 95 % interval of its median is within ±{percent(stop.ci_rel, 2)}, at least "
+            f"{stop.min_samples} and at most {stop.max_samples} times, for at most {significant(stop.cap_s, 3)} s; "
+            f"warm-up {significant(stop.warmup_s, 3)} s. Samples of a sparse point and of its dense twin alternate."
+        )
+    if not frame.empty and frame["data"].ne("").any():
+        lines.append(
+            f"Weights: {', '.join(f'{k} ({v} points)' for k, v in frame['data'].value_counts().sort_index().items() if k)}."
+        )
+    return lines
+
+
+def _facts(view: View, frame: pd.DataFrame) -> list[str]:
+    done = frame[frame["status"] == "ok"]
+    facts = []
+    for path, rows in done[done["path"] != ""].groupby("path", sort=False):
+        variants = view.sorted_variants(zip(rows["backend"], rows["sparsity"], strict=True))
+        facts.append(f"Code path that ran for {', '.join(compare.label(*v) for v in variants)}: {code(path)}.")
+    for name, rows in done[done["verified"].isin(compare.CHECKED)].groupby("verified", sort=True):
+        facts.append(f"Check `{name}`, for example: {text(rows['check'].iloc[0])}")
+    return facts
+
+
+def _latency(row: pd.Series, noisy: bool) -> str:
+    return f"{significant(row['lat_us_1'], 4)}{' ' + NOISY if noisy else ''}"
+
+
+def _ratios(
+    view: View, model: str, dtype: str, names: dict[tuple[int, int], str], shapes: list[tuple[int, int]], ms: list[int]
+) -> Table:
+    frame = view.speedups
+    frame = frame[(frame["kind"] == "kernel") & (frame["model"] == model) & (frame["dtype"] == dtype)]
+    cells = {(r["backend"], r["sparsity"], r["m"], r["n"], r["k"]): ratio_cell(r) for _, r in frame.iterrows()}
+    base = str(frame["baseline"].iloc[0]) if len(frame) else "dense"
+    variants = view.sorted_variants(zip(frame["backend"], frame["sparsity"], strict=True))
+    rows = [
+        [
+            _shape(names, n, k),
+            compare.label(b, s),
+            fixed(compare.bound(s), 3) if s else "",
+            *(cells.get((b, s, m, n, k), "") for m in ms),
+        ]
+        for n, k in shapes
+        for b, s in variants
+    ]
+    return Table(["layer (N x K)", f"against {base}", "bound", *(f"M={m}" for m in ms)], _once(rows), left=2)
+
+
+def _shape(names: dict[tuple[int, int], str], n: int, k: int) -> str:
+    name = names.get((n, k), "")
+    return f"{name} ({n} x {k})" if name else f"{n} x {k}"
+
+
+def _once(rows: list[list[str]]) -> list[list[str]]:
+    """Say a shape once, not on every line of its group."""
+    shown = []
+    last = ""
+    for row in rows:
+        shown.append(["", *row[1:]] if row[0] == last else row)
+        last = row[0]
+    return shown

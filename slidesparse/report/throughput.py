@@ -1,0 +1,163 @@
+"""Prefill and decode sections: configuration, pass matrix, performance, ratios against dense, every cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from slidesparse.plan import Phase
+from slidesparse.report import compare
+from slidesparse.report.markdown import Table, code, fixed, integer, known, percent, significant, size, text
+from slidesparse.report.view import CHECKED, HOST_BOUND, NOISY, NOT_RUN, View, ratio_cell, state
+
+
+@dataclass(frozen=True)
+class PhaseBlock:
+    """One model and type in one phase."""
+
+    title: str
+    key: str
+    """`BitNet-2B-INT8`: names the figure."""
+    matrix: Table
+    performance: Table
+    ratios: Table
+    details: Table
+    not_run: int
+
+
+@dataclass(frozen=True)
+class PhaseSection:
+    """A whole phase. `missing`: nothing was recorded at all."""
+
+    phase: Phase
+    title: str
+    missing: bool
+    configuration: list[str]
+    cells: Table
+    blocks: list[PhaseBlock]
+    files: list[str]
+
+
+def phase_section(view: View, phase: Phase) -> PhaseSection:
+    """Everything recorded on a phase."""
+    frame = view.records.throughput[phase]
+    blocks = []
+    for model in view.models(frame):
+        for dtype in view.dtypes(frame):
+            rows = frame[(frame["model"] == model) & (frame["dtype"] == dtype)] if not frame.empty else frame
+            if not rows.empty:
+                blocks.append(_block(view, phase, model, dtype, rows))
+    files = [] if frame.empty else list(dict.fromkeys(frame["file"]))
+    cells = _cell_table(phase, frame)
+    return PhaseSection(
+        phase, phase.capitalize(), frame.empty, _configuration(view, phase, frame), cells, blocks, files
+    )
+
+
+def _configuration(view: View, phase: Phase, frame: pd.DataFrame) -> list[str]:
+    lines = []
+    profile = view.records.profile
+    if profile is not None:
+        section = profile.prefill if phase == "prefill" else profile.decode
+        stop = section.stopping
+        lines.append(
+            f"Each cell is repeated until the 95 % interval of its median is within ±{percent(stop.ci_rel, 2)}, at least "
+            f"{stop.min_samples} and at most {stop.max_samples} times, for at most {significant(stop.cap_s, 3)} s; "
+            f"warm-up {significant(stop.warmup_s, 3)} s."
+        )
+    if not frame.empty:
+        engines = [code(name) for name in dict.fromkeys(frame["engine"]) if name]
+        if engines:
+            lines.append(f"Engine: {', '.join(engines)}.")
+        for path, rows in frame[(frame["status"] == "ok") & (frame["path"] != "")].groupby("path", sort=False):
+            variants = view.sorted_variants(zip(rows["backend"], rows["sparsity"], strict=True))
+            lines.append(f"Code path that ran for {', '.join(compare.label(*v) for v in variants)}: {code(path)}.")
+    return lines
+
+
+def _cell_table(phase: Phase, frame: pd.DataFrame) -> Table:
+    """The definition of the cells, once for each M."""
+    names = ["m", "prompt_len", "max_num_seqs", "num_prompts", f"N_{phase}"]
+    head = ["M", "prompt length", "sequences a step", "prompts a pass", "steps a pass"]
+    if phase == "decode":
+        head[-1] = "output tokens a prompt"
+    if frame.empty:
+        return Table(head, [], left=0)
+    cells = frame[names].drop_duplicates().sort_values("m", kind="stable")
+    return Table(head, [[integer(value) for value in row] for row in cells.itertuples(index=False)], left=0)
+
+
+def _block(view: View, phase: Phase, model: str, dtype: str, frame: pd.DataFrame) -> PhaseBlock:
+    planned = {cell[2:] for cell in view.planned(phase) if cell[:2] == (model, dtype)}
+    rows = {(r["backend"], r["sparsity"], int(r["m"])): r for _, r in frame.iterrows()}
+    variants = view.sorted_variants((b, s) for b, s, _ in {*planned, *rows})
+    ms = sorted({m for _, _, m in {*planned, *rows}})
+    limit = compare.limit_of(view.records.profile, phase)
+    noise = dict(zip(rows, compare.noisy(frame, limit), strict=True))
+    columns = [f"M={m}" for m in ms]
+
+    matrix, performance = [], []
+    for backend, sparsity in variants:
+        name = compare.label(backend, sparsity)
+        marks = [state(rows.get((backend, sparsity, m))) for m in ms]
+        wanted = [m for m in ms if (backend, sparsity, m) in planned or (backend, sparsity, m) in rows]
+        matrix.append([name, *marks, f"{marks.count(CHECKED)} of {len(wanted)}"])
+        cells = []
+        for m, mark in zip(ms, marks, strict=True):
+            row = rows.get((backend, sparsity, m))
+            good = row is not None and row["status"] == "ok"
+            cells.append(_rate(row, noise[(backend, sparsity, m)]) if good and row is not None else mark)
+        performance.append([name, *cells])
+    not_run = sum(row.count(NOT_RUN) for row in matrix)
+    return PhaseBlock(
+        title=f"{model} {dtype}",
+        key=f"{model}-{'INT8' if dtype == 'INT8' else 'FP8'}",
+        matrix=Table(["variant", *columns, "checked"], matrix),
+        performance=Table(["tokens/s", *columns], performance),
+        ratios=_ratios(view, phase, model, dtype, ms),
+        details=_details(view, frame),
+        not_run=not_run,
+    )
+
+
+def _rate(row: pd.Series, noisy: bool) -> str:
+    half = f" ± {percent(row['ci_rel'], 2)}" if known(row["ci_rel"]) else ""
+    marks = (NOISY if noisy else "") + (HOST_BOUND if row["host_bound"] else "")
+    return f"{significant(row['tokens_per_s'], 4)}{half}{' ' + marks if marks else ''}"
+
+
+def _ratios(view: View, phase: Phase, model: str, dtype: str, ms: list[int]) -> Table:
+    frame = view.speedups
+    frame = frame[(frame["kind"] == phase) & (frame["model"] == model) & (frame["dtype"] == dtype)]
+    base = str(frame["baseline"].iloc[0]) if len(frame) else "dense"
+    rows = []
+    for backend, sparsity in view.sorted_variants(zip(frame["backend"], frame["sparsity"], strict=True)):
+        part = frame[(frame["backend"] == backend) & (frame["sparsity"] == sparsity)].set_index("m")
+        cells = [ratio_cell(part.loc[m]) if m in part.index else "" for m in ms]
+        limit = fixed(compare.bound(sparsity), 3) if sparsity else ""
+        rows.append([compare.label(backend, sparsity), limit, *cells])
+    return Table([f"against {base}", "bound", *(f"M={m}" for m in ms)], rows)
+
+
+def _details(view: View, frame: pd.DataFrame) -> Table:
+    head = ["variant", "M", "check", "tuning look-ups", "passes", "stop", "step, ms", "output tokens/s", "steady tokens/s",
+            "start-up, s", "measuring, s", "peak memory", "clock, MHz", "power, W", "°C", "throttle"]  # fmt: skip
+    rows = []
+    for backend, sparsity in view.sorted_variants(zip(frame["backend"], frame["sparsity"], strict=True)):
+        part = frame[(frame["backend"] == backend) & (frame["sparsity"] == sparsity) & (frame["status"] == "ok")]
+        for _, row in part.sort_values("m", kind="stable").iterrows():
+            rows.append([
+                compare.label(backend, sparsity), integer(row["m"]), f"{state(row)} {text(row['check'])}", text(row["tuning"]),
+                integer(row["passes"]), text(row["stop"]), significant(row["step_ms"], 4),
+                significant(row["output_tokens_per_s"], 4), significant(row["steady_tokens_per_s"], 4),
+                fixed(row["startup_s"], 1), fixed(row["measure_s"], 1), size(row["peak_rss_mib"] * 2**20),
+                integer(row["clock_mhz"]), fixed(row["power_w"], 1), fixed(row["temperature_c"], 1), text(row["throttle"]),
+            ])  # fmt: skip
+    return Table(*without_empty(head, rows), left=4)
+
+
+def without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Leave out number columns that no row has a value for (power on a machine that does not tell)."""
+    keep = [c for c in range(len(head)) if c < 4 or any(row[c] not in ("", "–") for row in rows)]
+    return [head[c] for c in keep], [[row[c] for c in keep] for row in rows]

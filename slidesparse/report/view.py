@@ -1,0 +1,154 @@
+"""What all sections share: the order of things, marks, words, and which cells should be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+
+from slidesparse.plan import Phase, throughput_cells
+from slidesparse.report import compare
+from slidesparse.report.collect import Records
+from slidesparse.report.markdown import fixed
+
+CHECKED, UNCHECKED, FAILED, SKIPPED, NOT_RUN = "✓", "○", "✗", "⊘", "·"
+NOISY, HOST_BOUND = "†", "‡"
+FASTER, SLOWER, SAME = "▲", "▼", "="
+LEGEND = {
+    CHECKED: "measured, and equal to its independent reference (INT8: bit for bit; FP8: within the stated bound)",
+    UNCHECKED: "measured, not checked: not used in any conclusion",
+    FAILED: "failed",
+    SKIPPED: "skipped: this machine cannot run it",
+    NOT_RUN: "not run",
+}
+TASKS = {"kernel_dense": "kernel, dense", "kernel_high": "kernel, sparse high", "kernel_low": "kernel, sparse low"}
+
+
+@dataclass(frozen=True)
+class View:
+    """Records, and what was computed from them, as the sections see it."""
+
+    records: Records
+
+    @cached_property
+    def speedups(self) -> pd.DataFrame:
+        return compare.speedups(self.records)
+
+    @property
+    def emulation(self) -> bool:
+        return self.records.emulation
+
+    @property
+    def ratio_name(self) -> str:
+        """How a ratio of times is called: on a CPU it is no speed-up of the hardware in question."""
+        return "time ratio (emulation)" if self.emulation else "speed-up"
+
+    @property
+    def profile_name(self) -> str:
+        name = self.records.environment.get("profile") or self.records.status.get("profile") or ""
+        return str(name)
+
+    def command(self, target: str) -> str:
+        """The command that makes a missing table."""
+        return f"make {target} PROFILE={self.profile_name}" if self.profile_name else f"make {target}"
+
+    @property
+    def device(self) -> str:
+        """Name of the GPU as its driver gives it, empty without one."""
+        gpu = (self.records.environment.get("machine") or {}).get("gpu")
+        return str(gpu.get("name", "")) if isinstance(gpu, dict) else ""
+
+    # -- order ---------------------------------------------------------------------------------------
+
+    def models(self, *frames: pd.DataFrame) -> list[str]:
+        """Models of the profile, then others that have rows."""
+        profile = self.records.profile
+        first = list(profile.models) if profile else []
+        return first + sorted({m for f in frames if not f.empty for m in f["model"]} - set(first))
+
+    def dtypes(self, *frames: pd.DataFrame) -> list[str]:
+        profile = self.records.profile
+        first = [dtype.value for dtype in profile.dtypes] if profile else []
+        return first + sorted({d for f in frames if not f.empty for d in f["dtype"]} - set(first), reverse=True)
+
+    @cached_property
+    def _backend_order(self) -> dict[str, int]:
+        profile = self.records.profile
+        names = [*profile.backends.dense, *profile.backends.sparse] if profile else []
+        return {name: index for index, name in enumerate(names)}
+
+    def sorted_variants(self, variants: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """(backend, sparsity): dense first, then by backend and pattern."""
+        order = self._backend_order
+        return sorted(
+            set(variants), key=lambda v: (bool(v[1]), order.get(v[0], len(order)), v[0], compare.pattern_order(v[1]))
+        )
+
+    # -- what should be there --------------------------------------------------------------------------
+
+    def planned(self, phase: Phase) -> list[tuple[str, str, str, str, int]]:
+        """(model, dtype, backend, sparsity, M) of the profile's cells; empty without a profile."""
+        profile = self.records.profile
+        if profile is None:
+            return []
+        return [
+            (c.model, c.dtype.value, c.variant.backend, str(c.variant.sparsity or ""), c.m)
+            for c in throughput_cells(profile, phase)
+        ]
+
+    def planned_kernel(self) -> list[tuple[str, str, str, str, str, int, int, int]]:
+        """(task, model, dtype, backend, sparsity, M, N, K): the profile's lists times the shapes seen in records."""
+        profile, frame = self.records.profile, self.records.kernel
+        if profile is None or frame.empty:
+            return []
+        dense = [("kernel_dense", backend, "") for backend in profile.backends.dense]
+        lists = {"kernel_high": profile.sparsity.kernel_high, "kernel_low": profile.sparsity.kernel_low}
+        sparse = [(t, b, str(s)) for t, patterns in lists.items() for b in profile.backends.sparse for s in patterns]
+        cells = []
+        for model in profile.models:
+            rows = frame[frame["model"] == model]
+            shapes = list(dict.fromkeys(zip(rows["N"].astype(int), rows["K_model"].astype(int), strict=True)))
+            for dtype in profile.dtypes:
+                for task, backend, sparsity in dense + sparse:
+                    cells += [
+                        (task, model, dtype.value, backend, sparsity, m, n, k)
+                        for m in profile.kernel.m
+                        for n, k in shapes
+                    ]
+        return cells
+
+    def kernel_task(self, sparsity: str) -> str:
+        """Which of the tasks 6 to 8 a pattern belongs to."""
+        profile = self.records.profile
+        if not sparsity:
+            return "kernel_dense"
+        if profile is not None and sparsity in {str(s) for s in profile.sparsity.kernel_high}:
+            return "kernel_high"
+        if profile is not None and sparsity in {str(s) for s in profile.sparsity.kernel_low}:
+            return "kernel_low"
+        return "kernel_high" if compare.pattern_order(sparsity) <= 10 else "kernel_low"
+
+
+def state(row: pd.Series | None) -> str:
+    """The mark of one cell."""
+    if row is None:
+        return NOT_RUN
+    if row["status"] != "ok":
+        return SKIPPED if row["status"] == "skipped" else FAILED
+    if row["verified"] in compare.CHECKED:
+        return CHECKED
+    return FAILED if row["verified"] == "failed" else UNCHECKED
+
+
+def ratio_cell(row: pd.Series) -> str:
+    """`▲ 1.31 [1.29, 1.33]` with the marks of noise, host-bound steps and missing checks."""
+    sign = {"faster": FASTER, "slower": SLOWER, "no difference shown": SAME}.get(row["verdict"], "")
+    marks = [
+        mark
+        for mark, on in ((NOISY, row["noisy"]), (HOST_BOUND, row["host_bound"]), (UNCHECKED, not row["checked"]))
+        if on
+    ]
+    interval = "" if row["verdict"] == "no interval" else f"[{fixed(row['low'], 2)}, {fixed(row['high'], 2)}]"
+    return " ".join(part for part in (sign, fixed(row["ratio"], 2), interval, "".join(marks)) if part)
