@@ -435,7 +435,11 @@ def is_done(path: Path, row_type: type[Row], key: dict[str, object], fingerprint
     unknown = set(key) - set(row_type.columns())
     if unknown:
         raise ValueError(f"{row_type.__name__} has no column {', '.join(sorted(unknown))}")
-    frame = read(path)
+    return done_in(read(path), key, fingerprint)
+
+
+def done_in(frame: pd.DataFrame, key: dict[str, object], fingerprint: str) -> bool:
+    """As `is_done`, for a table that was read before."""
     if frame.empty or not {*key, "fingerprint", "status"} <= set(frame.columns):
         return False
     match = frame
