@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
+import pandas as pd
+
 from slidesparse import records
 from slidesparse.errors import SlideSparseError
 from slidesparse.records import Row
@@ -30,16 +32,17 @@ class RowBook:
     `before` is called before each write: for what must be on disk when a row says that its cell is done.
     """
 
-    def __init__(
-        self, path: Path, row_type: type[Row], header: Iterable[str] = (), before: Callable[[], None] | None = None
-    ) -> None:
-        self._path, self._row_type, self._header, self._before = path, row_type, list(header), before
+    def __init__(self, path: Path, header: Iterable[str] = (), before: Callable[[], None] | None = None) -> None:
+        self._path, self._header, self._before = path, list(header), before
+        self._frame: pd.DataFrame | None = None
         self._pending: list[Row] = []
         self._flushed = time.monotonic()
 
     def done(self, key: dict[str, object], fingerprint: str) -> bool:
-        """Is the cell finished, under the same conditions? Rows in hand do not count. Raises RecordError."""
-        return records.is_done(self._path, self._row_type, key, fingerprint)
+        """Was the cell finished, under the same conditions, when this was first asked? Raises RecordError."""
+        if self._frame is None:
+            self._frame = records.read(self._path)
+        return records.done_in(self._frame, key, fingerprint)
 
     def add(self, *rows: Row) -> None:
         """Take rows; write them if the last write is a second ago. Raises DiskError, RecordError."""

@@ -64,6 +64,7 @@ class _Table:
         self._probe = telemetry.probe(run.machine)
         self._stopping: Stopping = run.plan.profile.kernel.stopping
         self._seed = run.plan.profile.seed
+        self._versions = kernel_versions()
         self._folder = run.plan.checkpoint_folder(model, dtype, variant)
         self._source = ""
         """`random`, or the fingerprint of the checkpoint that weights come from; known once the first cell asks."""
@@ -76,12 +77,12 @@ class _Table:
             side = backend(self._variant.backend)
             side.require(self._run.machine, self._dtype)
         except UnsupportedHere as error:
-            with RowBook(path, self._row, self._header(None)) as book:
+            with RowBook(path, self._header(None)) as book:
                 for cell in self._cells:
                     self._skip(cell, str(error), book)
                     bar.advance(note=str(cell))
             return
-        with RowBook(path, self._row, self._header(side)) as book:
+        with RowBook(path, self._header(side)) as book:
             for cell in self._cells:
                 self._cell(cell, side, book)
                 bar.advance(note=str(cell))
@@ -92,7 +93,7 @@ class _Table:
         try:
             if not self._source:
                 self._source = Checkpoint.open(self._folder).fingerprint() if self._folder.exists() else "random"
-            conditions = fingerprint(cell, self._stopping, self._seed, self._source, dense, kernel_versions())
+            conditions = fingerprint(cell, self._stopping, self._seed, self._source, dense, self._versions)
             columns["fingerprint"] = conditions
             if book.done(_key(cell), conditions):
                 self._outcome.ok += 1

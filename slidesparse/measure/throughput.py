@@ -93,7 +93,7 @@ class _Variant:
         self._probe = telemetry.probe(run.machine)
 
     def measure(self, bar: Bar) -> None:
-        with RowBook(self._path, self._row) as book:
+        with RowBook(self._path) as book:
             try:
                 runs_on = engine(self._run.plan.profile.engine)
                 runs_on.require(self._run.machine)

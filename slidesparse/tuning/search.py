@@ -32,7 +32,7 @@ def run_task(run: Run, task: Task) -> Outcome:
     cells = [cell for cell in task.cells if isinstance(cell, TuneCell)]
     with track(task.title, len(cells), run.quiet) as bar:
         for (model, dtype), group in groupby(cells, key=lambda cell: (cell.model, cell.dtype)):
-            with RowBook(run.tree.tune(model, dtype), TuneRow, before=store.save) as book:
+            with RowBook(run.tree.tune(model, dtype), before=store.save) as book:
                 tuner = _Tuner(run, store, book, outcome)
                 for cell in group:
                     tuner.tune(cell)
