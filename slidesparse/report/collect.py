@@ -36,6 +36,8 @@ from slidesparse.records import (
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 THROUGHPUT_ROWS: dict[Phase, type[Row]] = {"prefill": PrefillRow, "decode": DecodeRow}
+EMULATION = "cpu_"
+"""Backends of this name compute on the CPU: their times say nothing about sparse tensor cores."""
 PUBLISHED_FAILURE = "the published file has -1 here"
 _DTYPE_FOLDERS = {"INT8": DType.INT8, "FP8E4M3": DType.FP8, "FP8": DType.FP8}
 _THROUGHPUT_NAME = re.compile(r"(?P<model>.+)-(?:INT8|FP8)_(?:prefill|decode)\.csv")
@@ -68,11 +70,19 @@ class Records:
     @property
     def emulation(self) -> bool:
         """True where the tree has timed rows and none of them ran on the hardware in question."""
-        timed = [f for f in (*self.throughput.values(), self.kernel, self.tune) if not f.empty]
+        timed = self._timed()
         if timed:
             return all(bool(frame["emulation"].all()) for frame in timed)
         machine = self.environment.get("machine")
         return isinstance(machine, dict) and "gpu" in machine and machine["gpu"] is None
+
+    @property
+    def partly_emulation(self) -> bool:
+        """True where a GPU's rows and emulated ones lie in one tree."""
+        return not self.emulation and any(bool(frame["emulation"].any()) for frame in self._timed())
+
+    def _timed(self) -> list[pd.DataFrame]:
+        return [frame for frame in (*self.throughput.values(), self.kernel, self.tune) if not frame.empty]
 
 
 def trees_in(folder: Path) -> list[ResultTree]:
@@ -172,9 +182,11 @@ class _Reader:
             return frame
         # A cell that was tuned again under other conditions may have had other candidates: the newest set counts.
         cell = ["model", "dtype", *(name for name in TuneRow.KEY if name != "algorithm")]
-        newest = frame.sort_values("time_utc", kind="stable").groupby(cell, sort=False)["fingerprint"].last()
-        keep = frame.merge(newest.rename("newest").reset_index(), on=cell, how="left")
-        return keep[keep["fingerprint"] == keep["newest"]].drop(columns="newest").reset_index(drop=True)
+        newest = frame.sort_values("time_utc", kind="stable").groupby(cell, sort=False).tail(1)
+        newest = newest.assign(whole=newest["algorithm"] == "")[[*cell, "fingerprint", "whole"]]
+        both = frame.merge(newest.rename(columns={"fingerprint": "newest"}), on=cell, how="left")
+        keep = (both["fingerprint"] == both["newest"]) & ((both["algorithm"] == "") == both["whole"])
+        return both[keep].drop(columns=["newest", "whole"]).reset_index(drop=True)
 
     def throughput(self, phase: Phase) -> pd.DataFrame:
         frames = []
@@ -223,6 +235,9 @@ def _complete(frame: pd.DataFrame, row: type[Row]) -> pd.DataFrame:
         if name not in frame.columns:
             known = field.default is not PydanticUndefined
             frame[name] = field.default if known else ("" if name in records.TEXT_COLUMNS else float("nan"))
+    if "emulation" in frame.columns:
+        # A row that failed before it ran does not say so itself.
+        frame["emulation"] = frame["emulation"].astype(bool) | frame["backend"].str.startswith(EMULATION)
     if "status" in frame.columns:
         frame["status"] = frame["status"].replace("", "ok")
     return frame

@@ -24,7 +24,7 @@ STOCK = "vllm"
 """A dense backend with an epilogue of its own: shown as a row, never the base of a ratio if there is another."""
 SPEEDUP_COLUMNS = (
     "kind", "model", "dtype", "backend", "sparsity", "baseline", "m", "n", "k", "layer",
-    "ratio", "low", "high", "bound", "checked", "noisy", "host_bound", "verdict",
+    "emulation", "ratio", "low", "high", "bound", "checked", "noisy", "host_bound", "verdict",
 )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def _end_to_end(records: Records, phase: str) -> list[dict[str, object]]:
         return []
     frame = frame.assign(checked=checked(frame), noisy=noisy(frame, limit_of(records.profile, phase)))
     rows: list[dict[str, object]] = []
-    for (model, dtype), group in frame[frame["status"] == "ok"].groupby(["model", "dtype"], sort=False):
+    for (model, dtype, _), group in frame[frame["status"] == "ok"].groupby(["model", "dtype", "emulation"], sort=False):
         base = baseline(sorted(set(group.loc[group["sparsity"] == "", "backend"])), records.profile)
         dense = group[(group["backend"] == base) & (group["sparsity"] == "")].set_index("m")
         for _, row in group.iterrows():
@@ -120,7 +120,7 @@ def _kernel(records: Records) -> list[dict[str, object]]:
         checked=checked(frame), noisy=noisy(frame, limit_of(records.profile, "kernel")), host_bound=False
     )
     rows: list[dict[str, object]] = []
-    for (model, dtype), group in frame[frame["status"] == "ok"].groupby(["model", "dtype"], sort=False):
+    for (model, dtype, _), group in frame[frame["status"] == "ok"].groupby(["model", "dtype", "emulation"], sort=False):
         base = baseline(sorted(set(group.loc[group["sparsity"] == "", "backend"])), records.profile)
         dense = group[(group["backend"] == base) & (group["sparsity"] == "")].set_index(["M", "N", "K_model"])
         for _, row in group.iterrows():
@@ -149,6 +149,7 @@ def _shared(row: pd.Series, twin: pd.Series, base: str, m: int) -> dict[str, obj
         "sparsity": row["sparsity"],
         "baseline": base,
         "m": m,
+        "emulation": bool(row["emulation"]),
         "bound": bound(row["sparsity"]),
         "checked": bool(row["checked"] and twin["checked"]),
         "noisy": bool(row["noisy"] or twin["noisy"]),

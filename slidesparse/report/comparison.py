@@ -8,9 +8,9 @@ import pandas as pd
 
 from slidesparse.report import compare, published
 from slidesparse.report.collect import PHASES
-from slidesparse.report.markdown import MISSING, Table, fixed, integer, known, text
+from slidesparse.report.markdown import MISSING, Table, fixed, integer, text
 from slidesparse.report.overview import machine_name
-from slidesparse.report.view import CHECKED, View
+from slidesparse.report.view import CHECKED, View, ratio_cell
 
 REFERENCE_MODEL = "BitNet-2B"
 """Model of the published runs; its figures are shown where this machine ran another one."""
@@ -33,8 +33,10 @@ class Published:
     tasks: Table
     same: str
     """The published GPU that this machine is, or empty."""
+    outcomes: dict[str, int]
+    """How many published ratios are reproduced, higher, lower, not measured; empty unless `same`."""
     summary: Table
-    """Outcomes counted; only where `same`."""
+    """The same by measurement, model and type."""
     reproduction: list[Titled]
     side_by_side: list[Titled]
     over_bound: int
@@ -51,6 +53,7 @@ def published_section(view: View) -> Published:
         gpus=_gpu_table(view),
         tasks=_task_table(view),
         same=same,
+        outcomes={} if found.empty else {name: int((found["outcome"] == name).sum()) for name in SIGNS},
         summary=_summary(found),
         reproduction=_reproduction(found),
         side_by_side=_side_by_side(view, same),
@@ -183,7 +186,8 @@ def _reproduction(found: pd.DataFrame) -> list[Titled]:
 def _side_by_side(view: View, same: str) -> list[Titled]:
     """Published ratios by GPU; ours beside them where both ran the model, and never where ours are emulation."""
     ratios = published.speedups()
-    ours = view.speedups[view.speedups["checked"].astype(bool) & (view.speedups["sparsity"] != "")]
+    ours = view.speedups
+    ours = ours[ours["checked"].astype(bool) & (ours["sparsity"] != "") & ~ours["emulation"].astype(bool)]
     shared = [m for m in view.models() if m in set(ratios["model"])] or [REFERENCE_MODEL]
     tables = []
     for model in shared:
@@ -192,7 +196,7 @@ def _side_by_side(view: View, same: str) -> list[Titled]:
                 select = f"kind == '{kind}' and model == '{model}' and dtype == '{dtype}'"
                 theirs, mine = ratios.query(select), ours.query(select)
                 sources = {gpu: theirs[theirs["gpu"] == gpu] for gpu in published.machines()["gpu"]}
-                if not view.emulation and not same:
+                if not same:
                     for backend in dict.fromkeys(mine["backend"]):
                         sources[f"**here**, {backend}"] = mine[mine["backend"] == backend]
                 table = _ratios_by_source({name: rows for name, rows in sources.items() if not rows.empty})
@@ -221,50 +225,48 @@ def _ratios_by_source(sources: dict[str, pd.DataFrame]) -> Table:
     return Table(["pattern", "machine", "bound", *(f"M={m}" for m in ms)], lines, left=2)
 
 
-def machines_section(view: View, others: list[View]) -> list[Titled]:
-    """Ratios of this and other machines, each with its interval, where they measured the same cell."""
-    tables = []
+def machines_section(view: View, others: list[View]) -> tuple[list[Titled], list[str]]:
+    """Ratios of this and other machines where at least two measured the same model, and what only one measured."""
     views = [view, *others]
-    for kind in (*PHASES, "kernel"):
-        frames = [v.speedups[(v.speedups["kind"] == kind) & v.speedups["checked"].astype(bool)] for v in views]
-        both = pd.concat([f for f in frames if not f.empty]) if any(not f.empty for f in frames) else pd.DataFrame()
-        if both.empty:
-            continue
-        for model, dtype in dict.fromkeys(zip(both["model"], both["dtype"], strict=True)):
-            table = _machines_table(views, kind, model, dtype)
-            if table:
-                tables.append(Titled(f"{kind.capitalize()}, {model} {dtype}", table))
-    return tables
+    tables, alone = [], []
+    groups = {
+        (str(m), str(d), str(k))
+        for v in views
+        for k, m, d in v.speedups[["kind", "model", "dtype"]].itertuples(index=False)
+    }
+    order = [*PHASES, "kernel"]
+    for model, dtype, kind in sorted(groups, key=lambda g: (g[0], g[1] != "INT8", order.index(g[2]))):
+        sources: dict[str, pd.DataFrame] = {}
+        for v in views:
+            frame = v.speedups
+            same = (frame["kind"] == kind) & (frame["model"] == model) & (frame["dtype"] == dtype)
+            part = frame[same & (frame["sparsity"] != "")]
+            for (backend, emulation), rows in part.groupby(["backend", "emulation"], sort=True):
+                label = f"{v.records.tree.tag.partition('_py')[0]}, {backend}{' (emulation)' if emulation else ''}"
+                sources[label] = rows
+        machines = {label.partition(",")[0] for label in sources}
+        name = f"{kind.capitalize()}, {model} {dtype}"
+        if len(machines) > 1:
+            tables.append(Titled(name, _machines_table(sources)))
+        elif machines:
+            alone.append(f"{name}: only {', '.join(sorted(machines))}")
+    return tables, alone
 
 
-def _machines_table(views: list[View], kind: str, model: str, dtype: str) -> Table:
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    names = [_short_name(v) for v in views]
-    sizes: dict[str, tuple[int, int, int]] = {}
-    for name, v in zip(names, views, strict=True):
-        frame = v.speedups
-        frame = frame[
-            (frame["kind"] == kind)
-            & (frame["model"] == model)
-            & (frame["dtype"] == dtype)
-            & frame["checked"].astype(bool)
-        ]
-        for _, row in frame[frame["sparsity"] != ""].iterrows():
-            place = f"M={row['m']}" + (f" {row['layer']}" if kind == "kernel" else "")
-            sizes[place] = (row["m"], row["n"], row["k"])
-            interval = f" [{fixed(row['low'], 2)}, {fixed(row['high'], 2)}]" if known(row["low"]) else ""
-            cells.setdefault((row["sparsity"], place), {})[f"{name}, {row['backend']}"] = (
-                f"{fixed(row['ratio'], 2)}{interval}"
-            )
-    columns = list(dict.fromkeys(name for found in cells.values() for name in found))
-    order = sorted(cells, key=lambda c: (compare.pattern_order(c[0]), sizes[c[1]]))
-    rows = [
-        [s, place, fixed(compare.bound(s), 3), *(cells[(s, place)].get(c, "") for c in columns)] for s, place in order
-    ]
-    return Table(["pattern", "size", "bound", *columns], rows, left=2)
-
-
-def _short_name(view: View) -> str:
-    """The tag without versions, and a warning where the figures are emulation."""
-    name = view.records.tree.tag.partition("_py")[0]
-    return f"{name} (emulation)" if view.emulation else name
+def _machines_table(sources: dict[str, pd.DataFrame]) -> Table:
+    """Rows: pattern, layer and machine; columns: M."""
+    everything = pd.concat(list(sources.values()))
+    ms = sorted(set(everything["m"].astype(int)))
+    rows = []
+    for sparsity in sorted(set(everything["sparsity"]), key=compare.pattern_order):
+        part = everything[everything["sparsity"] == sparsity]
+        lead = [sparsity, fixed(compare.bound(sparsity), 3)]
+        for n, k in dict.fromkeys(zip(part["n"], part["k"], strict=True)):
+            shape = f"{n} x {k}" if n else "whole model"
+            for label, frame in sources.items():
+                at = frame[(frame["sparsity"] == sparsity) & (frame["n"] == n) & (frame["k"] == k)].set_index("m")
+                if not at.empty:
+                    cells = [ratio_cell(at.loc[m]) if m in at.index else "" for m in ms]
+                    rows.append([lead[0], shape, label, lead[1], *cells])
+                    lead, shape = ["", ""], ""
+    return Table(["pattern", "N x K", "machine", "bound", *(f"M={m}" for m in ms)], rows, left=3)

@@ -1,92 +1,145 @@
-"""What the records support, sentence by sentence. A statement is made only from checked ratios with an interval."""
+"""What the records support. A statement is made only from checked ratios of sparse to dense with an interval."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pandas as pd
 
 from slidesparse.report import compare
 from slidesparse.report.collect import PHASES
 from slidesparse.report.comparison import Published
-from slidesparse.report.markdown import fixed
-from slidesparse.report.view import View
+from slidesparse.report.markdown import Table, fixed, integer
+from slidesparse.report.view import View, interval, ratio_name, title
 
 KINDS = (*PHASES, "kernel")
 
 
+@dataclass(frozen=True)
+class Conclusions:
+    """Sentences, and the counts that they rest on."""
+
+    statements: list[str]
+    table: Table
+    limits: list[str]
+
+
 def headline(view: View) -> list[str]:
-    """One line for each measurement, model and type: the best pattern, and how many cells win or lose."""
+    """One line for each measurement, model and type: how many cells win or lose, and the extremes."""
     lines = []
-    for (kind, model, dtype), part in _supported(view):
-        best = part.loc[part["ratio"].idxmax()]
+    for (kind, model, dtype, emulation), part in _supported(view):
+        low, high = _extremes(part)
         lines.append(
-            f"{str(kind).capitalize()}, {model} {dtype}: {_counts(part, view)}; largest {view.ratio_name} "
-            f"{_ratio(best)} ({compare.label(best['backend'], best['sparsity'])}, {_place(best)})."
+            f"{kind.capitalize()}, {title(model, dtype, emulation)}: {_counts(part, emulation)}; {ratio_name(emulation)} "
+            f"from {interval(low)} ({_name(low)}, {_place(low)}) to {interval(high)} ({_name(high)}, {_place(high)})."
         )
     return lines
 
 
-def conclusions(view: View, published: Published) -> list[str]:
-    """All statements, in the order: each pattern, limits of what was measured, published figures."""
-    lines = []
+def conclusions(view: View, published: Published) -> Conclusions:
+    """Generated from data: nothing is said of what was not measured and checked."""
+    supported = _supported(view)
+    statements = []
     if view.emulation:
-        lines.append(
+        statements.append(
             "**What sparsity buys on sparse tensor cores is not answered by this machine**: every number here was "
-            "measured on CPU emulation. The time ratios say that the pipeline works, not that hardware is faster or slower."
+            "measured on CPU emulation. The time ratios show that the pipeline works, not that any hardware is "
+            "faster or slower with sparsity."
         )
-    for (kind, model, dtype), part in _supported(view):
-        for backend, sparsity in view.sorted_variants(zip(part["backend"], part["sparsity"], strict=True)):
-            rows = part[(part["backend"] == backend) & (part["sparsity"] == sparsity)]
-            lines.append(
-                _statement(view, f"{str(kind).capitalize()}, {model} {dtype}, {compare.label(backend, sparsity)}", rows)
-            )
-    lines += _limits(view)
+    elif view.records.partly_emulation:
+        statements.append("Rows marked *emulation* ran on the CPU; they say nothing about this machine's GPU.")
+    if not supported:
+        statements.append("No checked ratio of sparse to dense was recorded: nothing can be said about sparsity here.")
+    for (kind, model, dtype, emulation), part in supported:
+        statements += _statements(view, f"{kind.capitalize()}, {title(model, dtype, emulation)}", part, emulation)
     if published.same and published.summary:
-        lines.append(_published(published))
-    elif not view.emulation:
-        lines.append("No figures are published for this GPU: the comparison is side by side only.")
-    if not any(True for _ in _supported(view)):
-        lines.append("No checked ratio of sparse to dense was recorded, so nothing can be said about sparsity here.")
-    return lines
+        statements.append(_published(published))
+    elif not published.same and not view.emulation:
+        statements.append("No figures are published for this GPU: the comparison is side by side only.")
+    return Conclusions(statements, _table(view, supported), _limits(view))
 
 
-def _supported(view: View) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:
+Group = tuple[str, str, str, bool]
+"""Kind, model, type, emulation."""
+
+
+def _supported(view: View) -> list[tuple[Group, pd.DataFrame]]:
     frame = view.speedups
     good = frame[frame["checked"].astype(bool) & (frame["verdict"] != "no interval") & (frame["sparsity"] != "")]
-    groups = {
-        (str(a), str(b), str(c)): part for (a, b, c), part in good.groupby(["kind", "model", "dtype"], sort=False)
-    }
-    order = [(k, m, d) for m in view.models(good) for d in view.dtypes(good) for k in KINDS]
-    return [(key, groups[key]) for key in sorted(groups, key=order.index)]
+    return [
+        ((kind, model, dtype, emulation), part)
+        for model, dtype, emulation, rows in view.groups(good)
+        for kind in KINDS
+        if not (part := rows[rows["kind"] == kind]).empty
+    ]
 
 
-def _statement(view: View, subject: str, rows: pd.DataFrame) -> str:
-    low, high = rows.loc[rows["ratio"].idxmin()], rows.loc[rows["ratio"].idxmax()]
-    bound = float(rows["bound"].iloc[0])
-    line = f"{subject}: {_counts(rows, view)}; {view.ratio_name} from {_ratio(low)} ({_place(low)}) to {_ratio(high)} ({_place(high)})"
-    if not view.emulation:
-        line += f", bound {fixed(bound, 3)}"
-        over = rows[rows["low"] > bound]
-        if len(over):
-            line += (
-                f"; **{len(over)} above the bound**, which sparse hardware cannot explain: look at the dense side first"
-            )
-        if (rows["verdict"] == "slower").all():
-            line += "; **sparse loses at every size measured**"
-    return line + "."
+def _by_variant(view: View, part: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    variants = view.sorted_variants(zip(part["backend"], part["sparsity"], strict=True))
+    return [(b, s, part[(part["backend"] == b) & (part["sparsity"] == s)]) for b, s in variants]
 
 
-def _counts(rows: pd.DataFrame, view: View) -> str:
+def _statements(view: View, subject: str, part: pd.DataFrame, emulation: bool) -> list[str]:
+    """Which patterns win everywhere, lose everywhere, or neither; and ratios that the hardware cannot explain."""
+    wins, losses, mixed, over = [], [], [], []
+    for backend, sparsity, rows in _by_variant(view, part):
+        name = compare.label(backend, sparsity)
+        verdicts = set(rows["verdict"])
+        (wins if verdicts == {"faster"} else losses if verdicts == {"slower"} else mixed).append(name)
+        above = int((rows["low"] > rows["bound"]).sum())
+        if above and not emulation:
+            over.append(f"{name} ({above} of {len(rows)})")
+    if emulation:
+        pairs = [("less time than dense at every size", wins), ("more time at every size", losses), ("neither", mixed)]
+    else:
+        pairs = [
+            ("faster than dense at every size measured", wins),
+            ("**sparse loses at every size measured**", losses),
+            ("no clear gain: some sizes slower, or no difference shown", mixed),
+        ]
+    lines = [f"{subject}: " + "; ".join(f"{words}: {', '.join(names)}" for words, names in pairs if names) + "."]
+    if over:
+        lines.append(
+            f"{subject}: above the bound, which sparse hardware cannot explain, so look at the dense side first: "
+            f"{', '.join(over)}."
+        )
+    return lines
+
+
+def _table(view: View, supported: list[tuple[Group, pd.DataFrame]]) -> Table:
+    rows = []
+    for (kind, model, dtype, emulation), part in supported:
+        for backend, sparsity, cells in _by_variant(view, part):
+            count = cells["verdict"].value_counts()
+            low, high = _extremes(cells)
+            bound = fixed(compare.bound(sparsity), 3)
+            rows.append([
+                f"{kind.capitalize()}, {title(model, dtype, emulation)}", compare.label(backend, sparsity),
+                *(integer(int(count.get(name, 0))) for name in ("faster", "no difference shown", "slower")),
+                f"{interval(low)} ({_place(low)})", f"{interval(high)} ({_place(high)})", bound,
+            ])  # fmt: skip
+    head = ["measurement", "variant", "faster", "no difference shown", "slower", "lowest", "highest", "bound"]
+    if view.emulation:
+        head[2:5] = ["less time", "no difference shown", "more time"]
+        head[-1] = "bound on a GPU"
+    return Table(head, rows, left=2)
+
+
+def _counts(rows: pd.DataFrame, emulation: bool) -> str:
     count = rows["verdict"].value_counts()
-    faster, slower = ("takes less time than dense", "more time") if view.emulation else ("faster than dense", "slower")
-    total = len(rows)
+    faster, slower = ("less time than dense", "more time") if emulation else ("faster than dense", "slower")
     return (
-        f"{faster} at {count.get('faster', 0)} of {total}, {slower} at {count.get('slower', 0)}, "
+        f"{faster} at {count.get('faster', 0)} of {len(rows)} points, {slower} at {count.get('slower', 0)}, "
         f"no difference shown at {count.get('no difference shown', 0)}"
     )
 
 
-def _ratio(row: pd.Series) -> str:
-    return f"{fixed(row['ratio'], 2)} [{fixed(row['low'], 2)}, {fixed(row['high'], 2)}]"
+def _extremes(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    return rows.loc[rows["ratio"].idxmin()], rows.loc[rows["ratio"].idxmax()]
+
+
+def _name(row: pd.Series) -> str:
+    return compare.label(row["backend"], row["sparsity"])
 
 
 def _place(row: pd.Series) -> str:
@@ -94,36 +147,26 @@ def _place(row: pd.Series) -> str:
 
 
 def _limits(view: View) -> list[str]:
-    frame = view.speedups
-    lines = []
+    """What the statements do not rest on, and what weakens them."""
+    frame, lines = view.speedups, []
     unchecked = int((~frame["checked"].astype(bool)).sum())
+    noisy, host = int(frame["noisy"].sum()), int(frame["host_bound"].sum())
     if unchecked:
-        lines.append(
-            f"{unchecked} of {len(frame)} ratios rest on rows that were not checked; no statement above uses them."
-        )
-    if int(frame["noisy"].sum()):
-        lines.append(
-            f"{int(frame['noisy'].sum())} of {len(frame)} ratios have a side that is noisier than the profile allows; "
-            "their intervals are wide accordingly."
-        )
-    if int(frame["host_bound"].sum()):
-        lines.append(f"{int(frame['host_bound'].sum())} ratios are host-bound: they measure dispatch, not the product.")
+        lines.append(f"{unchecked} of {len(frame)} ratios rest on rows that were not checked; no statement uses them.")
+    if noisy:
+        lines.append(f"{noisy} of {len(frame)} ratios have a side that is noisier than the profile allows.")
+    if host:
+        lines.append(f"{host} of {len(frame)} ratios are host-bound: they measure dispatch, not the product.")
     frames = [f for f in (*view.records.throughput.values(), view.records.kernel) if not f.empty]
-    failed = sum(int((f["status"] == "failed").sum()) for f in frames)
-    skipped = sum(int((f["status"] == "skipped").sum()) for f in frames)
+    failed, skipped = (sum(int((f["status"] == name).sum()) for f in frames) for name in ("failed", "skipped"))
     throttled = sum(int((f["throttle"] != "").sum()) for f in frames)
     if failed or skipped:
-        lines.append(
-            f"{failed} measured cells failed and {skipped} were skipped; they are listed with their reasons above."
-        )
+        lines.append(f"{failed} benchmark cells failed and {skipped} were skipped: section 10 gives the reasons.")
     if throttled:
         lines.append(f"{throttled} rows were measured while the GPU was throttled.")
     return lines
 
 
 def _published(published: Published) -> str:
-    names = ("reproduced", "higher", "lower", "not measured")
-    counts = [sum(int(row[3 + i].replace(",", "")) for row in published.summary.rows) for i in range(len(names))]
-    total = sum(int(row[-1].replace(",", "")) for row in published.summary.rows)
-    parts = [f"{count} {name}" for name, count in zip(names, counts, strict=True)]
-    return f"Of {total} speed-ups published for this GPU ({published.same}): {', '.join(parts)}."
+    parts = [f"{count} {name}" for name, count in published.outcomes.items()]
+    return f"Of {sum(published.outcomes.values())} speed-ups published for this GPU ({published.same}): {', '.join(parts)}."

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from slidesparse.files import write_text
 from slidesparse.report import compare
-from slidesparse.report.view import View
+from slidesparse.report.view import View, figure_name, ratio_name
 
 STYLE = {
     "svg.hashsalt": "slidesparse",
@@ -29,24 +29,25 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
-def draw_all(view: View, folder: Path) -> dict[tuple[str, str, str], str]:
-    """Write one figure for each (kind, model, dtype) with ratios; returns their file names.
+def draw_all(view: View, folder: Path) -> set[str]:
+    """Write one figure for each (kind, model, type, emulation) with ratios; returns their file names.
 
     SVGs that an earlier report left in the folder and this one does not show are removed.
 
     Raises:
         DiskError: the folder cannot be written.
     """
-    names: dict[tuple[str, str, str], str] = {}
+    names: set[str] = set()
     frame = view.speedups[view.speedups["sparsity"] != ""]
-    for (kind, model, dtype), part in frame.groupby(["kind", "model", "dtype"], sort=True):
-        name = f"{kind}_{model}-{'INT8' if dtype == 'INT8' else 'FP8'}.svg"
+    for (kind, model, dtype, emulation), part in frame.groupby(["kind", "model", "dtype", "emulation"], sort=True):
+        name = figure_name(str(kind), str(model), str(dtype), bool(emulation))
         panels = _panels(part) if kind == "kernel" else [("", part)]
-        title = f"{str(kind).capitalize()}, {model} {dtype}: {view.ratio_name} against {part['baseline'].iloc[0]}"
-        write_text(folder / name, _draw(view, title, panels))
-        names[(str(kind), str(model), str(dtype))] = name
+        heading = f"{str(kind).capitalize()}, {model} {dtype}"
+        heading += f": {ratio_name(bool(emulation))} against {part['baseline'].iloc[0]}"
+        write_text(folder / name, _draw(view, heading, panels))
+        names.add(name)
     for stale in sorted(folder.glob("*.svg")):
-        if stale.name not in names.values():
+        if stale.name not in names:
             stale.unlink()
     return names
 
@@ -73,7 +74,7 @@ def _draw(view: View, title: str, panels: Sequence[tuple[str, pd.DataFrame]]) ->
             if index >= len(panels):
                 axes.set_visible(False)
                 continue
-            _panel(axes, view, variants, *panels[index])
+            _panel(axes, variants, *panels[index])
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
         buffer = io.StringIO()
@@ -81,8 +82,9 @@ def _draw(view: View, title: str, panels: Sequence[tuple[str, pd.DataFrame]]) ->
     return buffer.getvalue()
 
 
-def _panel(axes: Axes, view: View, variants: list[tuple[str, str]], name: str, part: pd.DataFrame) -> None:
+def _panel(axes: Axes, variants: list[tuple[str, str]], name: str, part: pd.DataFrame) -> None:
     axes.axhline(1.0, color="#888888", linewidth=0.8)
+    emulation = bool(part["emulation"].any())
     many = len({backend for backend, _ in variants}) > 1
     for index, (backend, sparsity) in enumerate(variants):
         rows = part[(part["backend"] == backend) & (part["sparsity"] == sparsity)].sort_values("m")
@@ -93,9 +95,9 @@ def _panel(axes: Axes, view: View, variants: list[tuple[str, str]], name: str, p
         high = (rows["high"] - rows["ratio"]).clip(lower=0).fillna(0.0)
         axes.errorbar(
             rows["m"], rows["ratio"], yerr=[low, high], color=colour, marker="o", markersize=3, linewidth=1.2,
-            capsize=2, label=label if view.emulation else f"{label} (bound {limit:.3f})",
+            capsize=2, label=label if emulation else f"{label} (bound {limit:.3f})",
         )  # fmt: skip
-        if not view.emulation:
+        if not emulation:
             axes.axhline(limit, color=colour, linewidth=0.6, linestyle=":")
     axes.set_xscale("log", base=2)
     ms = sorted(set(part["m"]))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from slidesparse.report import compare
-from slidesparse.report.markdown import Table, code, fixed, integer, percent, significant, text
-from slidesparse.report.view import CHECKED, NOISY, TASKS, View, ratio_cell, state
+from slidesparse.report.collect import EMULATION
+from slidesparse.report.markdown import Table, code, fixed, integer, significant, text
+from slidesparse.report.view import CHECKED, NOISY, TASKS, View, figure_name, ratio_cell, state, title
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,9 @@ class KernelBlock:
     """One model and type."""
 
     title: str
-    key: str
+    emulation: bool
+    figure: str
+    """Its file name, drawn where there are ratios."""
     matrix: Table
     latency: Table
     ratios: Table
@@ -43,21 +46,21 @@ def kernel_section(view: View) -> KernelSection:
     present = {view.kernel_task(sparsity) for sparsity in frame["sparsity"]}
     planned = view.planned_kernel()
     blocks = []
-    for model in view.models(frame):
-        for dtype in view.dtypes(frame):
-            rows = frame[(frame["model"] == model) & (frame["dtype"] == dtype)]
-            if not rows.empty:
-                wanted = {cell[3:] for cell in planned if cell[1:3] == (model, dtype)}
-                blocks.append(_block(view, model, dtype, rows, wanted))
-    missing = [title for name, title in TASKS.items() if name not in present]
+    for model, dtype, emulation, rows in view.groups(frame):
+        cells = (cell for cell in planned if cell[1:3] == (model, dtype))
+        wanted = {cell[3:] for cell in cells if cell[3].startswith(EMULATION) == emulation}
+        blocks.append(_block(view, (model, dtype, emulation), rows, wanted))
+    missing = [text for name, text in TASKS.items() if name not in present]
     return KernelSection(missing, _configuration(view, frame), blocks, list(dict.fromkeys(frame["file"])))
 
 
 Key = tuple[str, str, int, int, int]
 """backend, sparsity, M, N, K before lifting."""
+Group = tuple[str, str, bool]
+"""Model, type, emulation."""
 
 
-def _block(view: View, model: str, dtype: str, frame: pd.DataFrame, planned: set[Key]) -> KernelBlock:
+def _block(view: View, group: Group, frame: pd.DataFrame, planned: set[Key]) -> KernelBlock:
     rows: dict[Key, pd.Series] = {
         (r["backend"], r["sparsity"], int(r["M"]), int(r["N"]), int(r["K_model"])): r for _, r in frame.iterrows()
     }
@@ -111,11 +114,12 @@ def _block(view: View, model: str, dtype: str, frame: pd.DataFrame, planned: set
         "points checked",
     ]
     return KernelBlock(
-        title=f"{model} {dtype}",
-        key=f"{model}-{'INT8' if dtype == 'INT8' else 'FP8'}",
+        title=title(*group),
+        emulation=group[2],
+        figure=figure_name("kernel", *group),
         matrix=Table(head, matrix, left=2),
         latency=Table(["layer (N x K)", "latency, µs", *columns], _once(latency), left=2),
-        ratios=_ratios(view, model, dtype, names, shapes, ms),
+        ratios=_ratios(view, group, names, shapes, ms),
         algorithms=Table(["layer (N x K)", "best algorithm", *columns], _once(algorithms), left=2),
         not_run=len(planned - set(rows)),
         facts=_facts(view, frame),
@@ -127,9 +131,9 @@ def _configuration(view: View, frame: pd.DataFrame) -> list[str]:
     if view.records.profile is not None:
         stop = view.records.profile.kernel.stopping
         lines.append(
-            f"Each point is repeated until the 95 % interval of its median is within ±{percent(stop.ci_rel, 2)}, at least "
-            f"{stop.min_samples} and at most {stop.max_samples} times, for at most {significant(stop.cap_s, 3)} s; "
-            f"warm-up {significant(stop.warmup_s, 3)} s. Samples of a sparse point and of its dense twin alternate."
+            f"Each point is repeated until the 95 % interval of its median is within ±{stop.ci_rel * 100:g} %, at least "
+            f"{stop.min_samples} and at most {stop.max_samples} times, for at most {stop.cap_s:g} s; "
+            f"warm-up {stop.warmup_s:g} s. Samples of a sparse point and of its dense twin alternate."
         )
     if not frame.empty and frame["data"].ne("").any():
         lines.append(
@@ -154,10 +158,9 @@ def _latency(row: pd.Series, noisy: bool) -> str:
 
 
 def _ratios(
-    view: View, model: str, dtype: str, names: dict[tuple[int, int], str], shapes: list[tuple[int, int]], ms: list[int]
+    view: View, group: Group, names: dict[tuple[int, int], str], shapes: list[tuple[int, int]], ms: list[int]
 ) -> Table:
-    frame = view.speedups
-    frame = frame[(frame["kind"] == "kernel") & (frame["model"] == model) & (frame["dtype"] == dtype)]
+    frame = view.ratios("kernel", *group)
     cells = {(r["backend"], r["sparsity"], r["m"], r["n"], r["k"]): ratio_cell(r) for _, r in frame.iterrows()}
     base = str(frame["baseline"].iloc[0]) if len(frame) else "dense"
     variants = view.sorted_variants(zip(frame["backend"], frame["sparsity"], strict=True))

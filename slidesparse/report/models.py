@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from slidesparse.dtypes import DType
 from slidesparse.report import compare
 from slidesparse.report.markdown import Table, code, fixed, integer, known, percent, significant, size, text
-from slidesparse.report.view import FAILED, SKIPPED, View, state
+from slidesparse.report.view import FAILED, SKIPPED, View, state, title
 
 WORST_LAYERS = 5
 
@@ -26,7 +27,7 @@ def prepare_table(view: View) -> Table:
             continue
         rows.append([
             name, text(row["source"]), text(row["quantization"]), integer(row["parameters"]),
-            integer(row["linear_parameters"]), fixed(row["seconds"], 1), fixed(row["floor_s"], 1),
+            integer(row["linear_parameters"]), significant(row["seconds"], 3), significant(row["floor_s"], 3),
             size(row["bytes_read"]), size(row["bytes_written"]),
             size(row["peak_rss_mib"] * 2**20), percent(row["weight_error_rel"]),
         ])  # fmt: skip
@@ -48,7 +49,7 @@ def convert_table(view: View) -> Table:
             name, row["sparsity"], f"{state(row)} {row['verified'].replace('_', ' ')}", integer(row["weights"]),
             percent(_share(row["natural_zeros"], row["weights"])), integer(row["weights_removed"]),
             percent(row["removed_fraction"]), percent(row["energy_removed"]),
-            percent(_share(row["groups_unpruned"], row["groups"])), fixed(row["seconds"], 1), fixed(row["floor_s"], 1),
+            percent(_share(row["groups_unpruned"], row["groups"])), significant(row["seconds"], 3), significant(row["floor_s"], 3),
             size(row["bytes_written"]), size(row["peak_rss_mib"] * 2**20),
         ])  # fmt: skip
     return Table(head, rows, left=3)
@@ -108,13 +109,9 @@ class TuneBlock:
 
 def tune_blocks(view: View) -> list[TuneBlock]:
     """How many candidates there were, and what choosing gained over taking the median one."""
-    frame = view.records.tune
     blocks = []
-    for model in view.models(frame):
-        for dtype in view.dtypes(frame):
-            rows = frame[(frame["model"] == model) & (frame["dtype"] == dtype)] if not frame.empty else frame
-            if not rows.empty:
-                blocks.append(TuneBlock(f"{model} {dtype}", _tune_summary(view, rows), _winners(view, rows)))
+    for model, dtype, emulation, rows in view.groups(view.records.tune):
+        blocks.append(TuneBlock(title(model, dtype, emulation), _tune_summary(view, rows), _winners(view, rows)))
     return blocks
 
 
@@ -186,9 +183,11 @@ def _ordered(view: View, frame: pd.DataFrame) -> pd.DataFrame:
 def _by_pattern(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Groups of layers by converted model: `BitNet-2B-INT8-SlideSparse-2_10` after `...-2_8`."""
 
-    def order(name: str) -> tuple[str, float]:
-        model, _, slug = name.rpartition("-")
-        return model, compare.pattern_order(slug) if slug.startswith("2_") else 0.0
+    def order(name: str) -> tuple[str, int, float]:
+        base, _, slug = name.partition("-SlideSparse-")
+        model, _, suffix = base.rpartition("-")
+        position = [dtype.suffix for dtype in DType].index(suffix) if suffix in ("INT8", "FP8") else -1
+        return model, position, compare.pattern_order(slug) if slug else 0.0
 
     groups = dict(list(frame.groupby("converted", sort=False)))
     return [(str(name), groups[name]) for name in sorted(groups, key=lambda n: order(str(n)))]

@@ -151,8 +151,10 @@ def matrix_table(view: View) -> Table:
         "prefill benchmark",
         "decode benchmark",
     ]
+    counted = {str(t.get("title")): int(t.get("cells") or 0) for t in view.records.status.get("tasks", [])}
     rows = []
     for task in [*order, *TASKS.values()]:
+        before = len(rows)
         for model in view.models(cells):
             for dtype in view.dtypes(cells):
                 part = cells[(cells["task"] == task) & (cells["model"] == model) & (cells["dtype"] == dtype)]
@@ -163,10 +165,12 @@ def matrix_table(view: View) -> Table:
                 counts = [marks.count(mark) for mark in (CHECKED, UNCHECKED, FAILED, SKIPPED)]
                 # A prepared checkpoint has no reference to be compared with: written whole is all that can be asked.
                 passed = counts[0] + (counts[1] if task == order[0] else 0)
-                rows.append([
-                    task if task != order[2] else f"{task} (candidates)", model, dtype, *(integer(c) for c in counts),
-                    integer(total - len(part)), integer(total), f"{percent(passed / total, 3)}",
-                ])  # fmt: skip
+                name = task if task != order[2] else f"{task} (candidates)"
+                numbers = [*counts, total - len(part), total]
+                rows.append([name, model, dtype, *(integer(c) for c in numbers), percent(passed / total, 3)])
+        if len(rows) == before and counted.get(task):
+            missing = integer(counted[task])
+            rows.append([task, "all", "all", "0", "0", "0", "0", missing, missing, "0 %"])
     return Table(head, rows, left=3)
 
 
@@ -218,7 +222,7 @@ def quality_table(view: View) -> Table:
         host = integer(int(done["host_bound"].sum())) if "host_bound" in done else MISSING
         wide = MISSING if limit is None else integer(int((done["ci_rel"] > limit).sum()))
         rows.append([
-            kind, MISSING if limit is None else f"±{percent(limit, 2)}", integer(len(done)), wide,
+            kind, MISSING if limit is None else f"±{limit * 100:g} %", integer(len(done)), wide,
             integer(int((done["stop"] == "time cap").sum())), host, integer(int((done["throttle"] != "").sum())),
         ])  # fmt: skip
     return Table(head, rows)

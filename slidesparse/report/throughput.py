@@ -8,8 +8,9 @@ import pandas as pd
 
 from slidesparse.plan import Phase
 from slidesparse.report import compare
+from slidesparse.report.collect import EMULATION
 from slidesparse.report.markdown import Table, code, fixed, integer, known, percent, significant, size, text
-from slidesparse.report.view import CHECKED, HOST_BOUND, NOISY, NOT_RUN, View, ratio_cell, state
+from slidesparse.report.view import CHECKED, HOST_BOUND, NOISY, NOT_RUN, View, figure_name, ratio_cell, state, title
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,9 @@ class PhaseBlock:
     """One model and type in one phase."""
 
     title: str
-    key: str
-    """`BitNet-2B-INT8`: names the figure."""
+    emulation: bool
+    figure: str
+    """Its file name, drawn where there are ratios."""
     matrix: Table
     performance: Table
     ratios: Table
@@ -43,11 +45,8 @@ def phase_section(view: View, phase: Phase) -> PhaseSection:
     """Everything recorded on a phase."""
     frame = view.records.throughput[phase]
     blocks = []
-    for model in view.models(frame):
-        for dtype in view.dtypes(frame):
-            rows = frame[(frame["model"] == model) & (frame["dtype"] == dtype)] if not frame.empty else frame
-            if not rows.empty:
-                blocks.append(_block(view, phase, model, dtype, rows))
+    for model, dtype, emulation, rows in view.groups(frame):
+        blocks.append(_block(view, phase, (model, dtype, emulation), rows))
     files = [] if frame.empty else list(dict.fromkeys(frame["file"]))
     cells = _cell_table(phase, frame)
     return PhaseSection(
@@ -62,9 +61,9 @@ def _configuration(view: View, phase: Phase, frame: pd.DataFrame) -> list[str]:
         section = profile.prefill if phase == "prefill" else profile.decode
         stop = section.stopping
         lines.append(
-            f"Each cell is repeated until the 95 % interval of its median is within ±{percent(stop.ci_rel, 2)}, at least "
-            f"{stop.min_samples} and at most {stop.max_samples} times, for at most {significant(stop.cap_s, 3)} s; "
-            f"warm-up {significant(stop.warmup_s, 3)} s."
+            f"Each cell is repeated until the 95 % interval of its median is within ±{stop.ci_rel * 100:g} %, at least "
+            f"{stop.min_samples} and at most {stop.max_samples} times, for at most {stop.cap_s:g} s; "
+            f"warm-up {stop.warmup_s:g} s."
         )
     if not frame.empty:
         engines = [code(name) for name in dict.fromkeys(frame["engine"]) if name]
@@ -88,8 +87,14 @@ def _cell_table(phase: Phase, frame: pd.DataFrame) -> Table:
     return Table(head, [[integer(value) for value in row] for row in cells.itertuples(index=False)], left=0)
 
 
-def _block(view: View, phase: Phase, model: str, dtype: str, frame: pd.DataFrame) -> PhaseBlock:
-    planned = {cell[2:] for cell in view.planned(phase) if cell[:2] == (model, dtype)}
+Group = tuple[str, str, bool]
+"""Model, type, emulation."""
+
+
+def _block(view: View, phase: Phase, group: Group, frame: pd.DataFrame) -> PhaseBlock:
+    model, dtype, emulation = group
+    cells_of = (cell for cell in view.planned(phase) if cell[:2] == (model, dtype))
+    planned = {cell[2:] for cell in cells_of if cell[2].startswith(EMULATION) == emulation}
     rows = {(r["backend"], r["sparsity"], int(r["m"])): r for _, r in frame.iterrows()}
     variants = view.sorted_variants((b, s) for b, s, _ in {*planned, *rows})
     ms = sorted({m for _, _, m in {*planned, *rows}})
@@ -111,11 +116,12 @@ def _block(view: View, phase: Phase, model: str, dtype: str, frame: pd.DataFrame
         performance.append([name, *cells])
     not_run = sum(row.count(NOT_RUN) for row in matrix)
     return PhaseBlock(
-        title=f"{model} {dtype}",
-        key=f"{model}-{'INT8' if dtype == 'INT8' else 'FP8'}",
+        title=title(model, dtype, emulation),
+        emulation=emulation,
+        figure=figure_name(phase, model, dtype, emulation),
         matrix=Table(["variant", *columns, "checked"], matrix),
         performance=Table(["tokens/s", *columns], performance),
-        ratios=_ratios(view, phase, model, dtype, ms),
+        ratios=_ratios(view, phase, group, ms),
         details=_details(view, frame),
         not_run=not_run,
     )
@@ -127,9 +133,8 @@ def _rate(row: pd.Series, noisy: bool) -> str:
     return f"{significant(row['tokens_per_s'], 4)}{half}{' ' + marks if marks else ''}"
 
 
-def _ratios(view: View, phase: Phase, model: str, dtype: str, ms: list[int]) -> Table:
-    frame = view.speedups
-    frame = frame[(frame["kind"] == phase) & (frame["model"] == model) & (frame["dtype"] == dtype)]
+def _ratios(view: View, phase: Phase, group: Group, ms: list[int]) -> Table:
+    frame = view.ratios(phase, *group)
     base = str(frame["baseline"].iloc[0]) if len(frame) else "dense"
     rows = []
     for backend, sparsity in view.sorted_variants(zip(frame["backend"], frame["sparsity"], strict=True)):

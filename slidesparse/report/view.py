@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import pandas as pd
 
+from slidesparse.dtypes import DType
 from slidesparse.plan import Phase, throughput_cells
 from slidesparse.report import compare
 from slidesparse.report.collect import Records
@@ -36,14 +37,26 @@ class View:
     def speedups(self) -> pd.DataFrame:
         return compare.speedups(self.records)
 
+    def ratios(self, kind: str, model: str, dtype: str, emulation: bool) -> pd.DataFrame:
+        """The speed-ups of one table."""
+        frame = self.speedups
+        same = (frame["kind"] == kind) & (frame["model"] == model) & (frame["dtype"] == dtype)
+        return frame[same & (frame["emulation"] == emulation)]
+
     @property
     def emulation(self) -> bool:
         return self.records.emulation
 
-    @property
-    def ratio_name(self) -> str:
-        """How a ratio of times is called: on a CPU it is no speed-up of the hardware in question."""
-        return "time ratio (emulation)" if self.emulation else "speed-up"
+    def groups(self, frame: pd.DataFrame) -> Iterator[tuple[str, str, bool, pd.DataFrame]]:
+        """(model, type, emulation, rows): emulated and real rows never share a table."""
+        if frame.empty:
+            return
+        for model in self.models(frame):
+            for dtype in self.dtypes(frame):
+                for emulation in (False, True):
+                    same = (frame["model"] == model) & (frame["dtype"] == dtype) & (frame["emulation"] == emulation)
+                    if same.any():
+                        yield model, dtype, emulation, frame[same]
 
     @property
     def profile_name(self) -> str:
@@ -71,7 +84,8 @@ class View:
     def dtypes(self, *frames: pd.DataFrame) -> list[str]:
         profile = self.records.profile
         first = [dtype.value for dtype in profile.dtypes] if profile else []
-        return first + sorted({d for f in frames if not f.empty for d in f["dtype"]} - set(first), reverse=True)
+        known = [dtype.value for dtype in DType]
+        return first + sorted({d for f in frames if not f.empty for d in f["dtype"]} - set(first), key=known.index)
 
     @cached_property
     def _backend_order(self) -> dict[str, int]:
@@ -131,6 +145,21 @@ class View:
         return "kernel_high" if compare.pattern_order(sparsity) <= 10 else "kernel_low"
 
 
+def ratio_name(emulation: bool) -> str:
+    """How a ratio of times is called: on a CPU it is no speed-up of the hardware in question."""
+    return "time ratio (emulation)" if emulation else "speed-up"
+
+
+def title(model: str, dtype: str, emulation: bool) -> str:
+    """Heading of what was measured on one model and type."""
+    return f"{model} {dtype}{' (emulation)' if emulation else ''}"
+
+
+def figure_name(kind: str, model: str, dtype: str, emulation: bool) -> str:
+    """File name of a figure."""
+    return f"{kind}_{model}-{DType(dtype).suffix}{'_emulation' if emulation else ''}.svg"
+
+
 def state(row: pd.Series | None) -> str:
     """The mark of one cell."""
     if row is None:
@@ -145,10 +174,15 @@ def state(row: pd.Series | None) -> str:
 def ratio_cell(row: pd.Series) -> str:
     """`▲ 1.31 [1.29, 1.33]` with the marks of noise, host-bound steps and missing checks."""
     sign = {"faster": FASTER, "slower": SLOWER, "no difference shown": SAME}.get(row["verdict"], "")
-    marks = [
-        mark
-        for mark, on in ((NOISY, row["noisy"]), (HOST_BOUND, row["host_bound"]), (UNCHECKED, not row["checked"]))
-        if on
-    ]
-    interval = "" if row["verdict"] == "no interval" else f"[{fixed(row['low'], 2)}, {fixed(row['high'], 2)}]"
-    return " ".join(part for part in (sign, fixed(row["ratio"], 2), interval, "".join(marks)) if part)
+    on = ((NOISY, row["noisy"]), (HOST_BOUND, row["host_bound"]), (UNCHECKED, not row["checked"]))
+    return " ".join(part for part in (sign, interval(row), "".join(mark for mark, is_on in on if is_on)) if part)
+
+
+def interval(row: pd.Series) -> str:
+    """`1.31 [1.29, 1.33]`; a third decimal where two would round away the side of 1 that the interval is on."""
+    low, high = row["low"], row["high"]
+    if row["verdict"] == "no interval":
+        return fixed(row["ratio"], 2)
+    hidden = row["verdict"] != "no difference shown" and "1.00" in (fixed(low, 2), fixed(high, 2))
+    decimals = 3 if hidden else 2
+    return f"{fixed(row['ratio'], decimals)} [{fixed(low, decimals)}, {fixed(high, decimals)}]"
