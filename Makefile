@@ -46,10 +46,11 @@ $(COMMANDS): env
 test: env-dev ## the test-suite (ARGS="tests/test_config.py -k line", ARGS=--slow)
 	@$(ENVIRONMENT)/bin/python -m pytest $(ARGS)
 
-lint: env-dev ## ruff and mypy
-	@$(ENVIRONMENT)/bin/ruff check .
-	@$(ENVIRONMENT)/bin/ruff format --check .
-	@$(ENVIRONMENT)/bin/mypy
+lint: env-dev ## ruff and mypy; each runs, whatever the others say
+	@failed=0; \
+	for tool in "ruff check" "ruff format --check" mypy; do \
+	  echo "$$tool"; $(ENVIRONMENT)/bin/$$tool || failed=1; \
+	done; exit $$failed
 
 format: env-dev ## let ruff lay out the code
 	@$(ENVIRONMENT)/bin/ruff check --fix .

@@ -203,6 +203,18 @@ def test_a_baked_environment_that_is_not_there(checkout: Checkout) -> None:
     assert "BAKED=/nowhere holds no bin/python" in done.stderr
 
 
+@pytest.mark.parametrize(("fails", "code"), [("none", 0), ("check", 2), ("format", 2), ("mypy", 2)])
+def test_lint_runs_every_tool_and_tells_the_truth(checkout: Checkout, fails: str, code: int) -> None:
+    checkout("make", "env-dev")
+    for name in ("ruff", "mypy"):
+        tool = checkout.root / ".venv" / "bin" / name
+        tool.write_text(f'#!/bin/sh\ncase "${{0##*/}} $*" in *{fails}*) exit 1;; esac\n')
+        tool.chmod(0o755)
+    done = checkout("make", "lint")
+    assert done.returncode == code
+    assert done.stdout.splitlines() == ["ruff check", "ruff format --check", "mypy"]
+
+
 def test_clean_keeps_models_and_results(checkout: Checkout) -> None:
     checkout("make", "env")
     kept = ["checkpoints", "checkpoints_slidesparse", "reports"]
