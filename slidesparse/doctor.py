@@ -62,7 +62,8 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 
 def disk_need(plan: Plan) -> int:
-    """Bytes of all checkpoints of a plan. Converted ones share everything but their codes with hard links."""
+    """Bytes of all checkpoints of a plan. Converted ones share everything but their codes with hard links; a local
+    base model stays where it is."""
     profile = plan.profile
     lifted = profile.convert.layout == "lifted"
     total = 0
@@ -72,7 +73,8 @@ def disk_need(plan: Plan) -> int:
         patterns = [
             checkpoint_bytes(model, sparsity if lifted else None).converted for sparsity in profile.sparsity.end_to_end
         ]
-        total += size.base + len(profile.dtypes) * (size.prepared + sum(patterns))
+        base = 0 if profile.source == "local" else size.base
+        total += base + len(profile.dtypes) * (size.prepared + sum(patterns))
     return total
 
 
@@ -237,7 +239,7 @@ def _disk(plan: Plan, seen: Surroundings) -> Iterator[Finding]:
 def _source(plan: Plan, seen: Surroundings) -> Iterator[Finding]:
     source, models = plan.profile.source, ", ".join(seen.models_to_get)
     if not models:
-        yield Finding("models", "ok", "all base models are in the data folder")
+        yield Finding("models", "ok", "all base models are there")
     elif source == "hub":
         problem = seen.hub_problem
         without = [name for name in seen.models_to_get if plan.bench.models[name].hub is None]
@@ -249,10 +251,8 @@ def _source(plan: Plan, seen: Surroundings) -> Iterator[Finding]:
         else:
             yield Finding("models", "ok", f"{models}: from the hub")
     elif source == "local":
-        without = [name for name in seen.models_to_get if not plan.bench.models[name].local]
-        advice = "name the folder: key models.NAME.local of the bench file" if without else ""
-        detail = f"no local folder for {', '.join(without)}" if without else f"{models}: from local folders"
-        yield Finding("models", "missing" if without else "ok", detail, advice)
+        detail = f"no local folder with config.json and safetensors for {models}"
+        yield Finding("models", "missing", detail, "set key models.NAME.local of the bench file")
     else:
         yield Finding("models", "ok", f"{models}: synthetic, seed {plan.profile.seed}")
 

@@ -43,7 +43,7 @@ class Surroundings:
     """What the data folder already holds of this plan's models."""
     cannot_write: str = ""
     models_to_get: tuple[str, ...] = ()
-    """Models whose BF16 base is not in the data folder yet."""
+    """Models whose BF16 base is not in the data folder yet; source `local`: is not in the folder named for it."""
     hub_problem: str | None = None
     """None: not asked, because nothing is to be fetched from the hub."""
     backend_problems: Mapping[tuple[str, DType], str] = field(default_factory=dict)
@@ -54,7 +54,7 @@ def look(plan: Plan, machine: Machine) -> Surroundings:
     """Look around. Writes one temporary file into the data folder; asks the hub only if the plan needs it."""
     gpus, driver = _nvml()
     profile = plan.profile
-    missing = tuple(model for model in profile.models if not _is_there(plan.base_folder(model)))
+    missing = tuple(model for model in profile.models if not _is_there(_source_folder(plan, model)))
     names = (*profile.backends.dense, *profile.backends.sparse)
     return Surroundings(
         nvidia_gpus=gpus,
@@ -120,6 +120,14 @@ def _bytes_in(folders: Iterable[Path]) -> int:
                 stat = path.stat()
                 sizes[stat.st_dev, stat.st_ino] = stat.st_size
     return sum(sizes.values())
+
+
+def _source_folder(plan: Plan, model: str) -> Path:
+    """Where the BF16 model lies: a local one is read in place."""
+    local = plan.bench.models[model].local
+    if plan.profile.source == "local" and local:
+        return Path(local).expanduser()
+    return plan.base_folder(model)
 
 
 def _is_there(folder: Path) -> bool:
