@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from slidesparse.machine import Machine
 from slidesparse.plan import Plan
@@ -22,7 +23,7 @@ class Run:
     log: logging.Logger
     quiet: bool = False
 
-    def stamp(self) -> dict[str, str]:
+    def stamp(self) -> dict[str, Any]:
         """The columns that say when and by which run a row was made."""
         return {"run_id": self.run_id, "time_utc": datetime.now(UTC).isoformat(timespec="seconds")}
 

@@ -197,5 +197,7 @@ def _open_shards(folder: Path) -> dict[str, Shard]:
     shards = {file: Shard.open(folder / file) for file in sorted(set(places.values()))}
     for name, file in places.items():
         if name not in shards[file].tensors:
-            raise CheckpointError(f"{folder / file}: tensor {name} is missing, though {INDEX} places it there; fetch it again")
+            raise CheckpointError(
+                f"{folder / file}: tensor {name} is missing, though {INDEX} places it there; fetch it again"
+            )
     return shards

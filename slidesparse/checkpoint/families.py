@@ -77,9 +77,8 @@ def layer_tensors(config: Mapping[str, Any], layer: int, where: str = "config") 
     kv_heads = int(config.get("num_key_value_heads") or heads)
     head = int(config.get("head_dim") or hidden // heads)
     q, kv = heads * head, kv_heads * head
-    weights = dict(
-        zip(LINEARS, ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner)))
-    )
+    attention = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q))
+    weights = dict(zip(LINEARS, (*attention, (inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
     attention_bias = bool(config.get("attention_bias"))
     biased = set(LINEARS[:3]) if kind.qkv_bias or attention_bias else set()
     biased |= {LINEARS[3]} if attention_bias and not kind.qkv_bias else set()

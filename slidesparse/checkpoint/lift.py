@@ -1,7 +1,8 @@
 """Lift weights and activations from K to K' columns, on the CPU. `pattern.py` holds the formulas.
 
 Codes are moved, never computed with, so every 8-bit type is handled as bytes (int8 [N, K]). In an FP8
-weight, negative zero (0x80) counts as zero and is lifted to +0.
+weight, negative zero (0x80) counts as zero and is lifted to +0. Kernels treat four lanes as one little-endian
+32-bit word, as every machine of this project stores it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from slidesparse.errors import CheckpointError
-from slidesparse.pattern import OVERFULL, WINDOW, Sparsity
+from slidesparse.pattern import KEPT, OVERFULL, WINDOW, Sparsity
 
 Codes = npt.NDArray[np.int8]
 NEGATIVE_ZERO = np.int8(-128)
 """Byte of e4m3's -0. As an INT8 code it does not occur: quantisation is symmetric (-127 to 127)."""
+
+_NIBBLE_MASKS = np.array(
+    [sum(0xFF << 8 * lane for lane in range(WINDOW) if bits >> lane & 1) for bits in range(16)], np.uint32
+)
+"""Bytes of a window that 4 lane bits keep."""
 
 
 def lift_weight(codes: Codes, sparsity: Sparsity, layer: str) -> Codes:
@@ -30,7 +36,7 @@ def lift_weight(codes: Codes, sparsity: Sparsity, layer: str) -> Codes:
         _lift_pairs(codes, lifted)
         return lifted
     overfull = np.full(n, -1, dtype=np.int32)
-    _lift_groups(codes, sparsity.l, sparsity.windows_per_group(k), sparsity.lift_table(), lifted, overfull)
+    _lift_groups(codes, (0,) * sparsity.l, sparsity.lift_table(), _NIBBLE_MASKS, lifted, overfull)
     rows = np.flatnonzero(overfull >= 0)
     if rows.size:
         row, first = int(rows[0]), int(overfull[rows[0]]) * sparsity.l
@@ -53,12 +59,8 @@ def lift_activation(x: npt.NDArray[np.generic], sparsity: Sparsity) -> npt.NDArr
 
 def unlift_weight(lifted: Codes, k: int, sparsity: Sparsity) -> Codes:
     """The inverse of `lift_weight`: [N, K'] -> [N, K]. Every non-zero stands in exactly one lifted column."""
-    out = np.zeros((lifted.shape[0], k), dtype=np.int8)
-    columns = sparsity.column_map(k)
-    for window in range(0, len(columns), WINDOW):
-        for c in range(window, window + WINDOW):
-            if columns[c] >= 0:
-                out[:, columns[c]] |= lifted[:, c]
+    out = np.empty((lifted.shape[0], k), dtype=np.int8)
+    _unlift(lifted, sparsity.groups(k), sparsity.group_columns(k) // 2, sparsity.windows_per_group(k), out)
     return out
 
 
@@ -67,32 +69,45 @@ def count_not_2_4(lifted: Codes) -> int:
     return int(_count_not_2_4(lifted))
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _lift_groups(codes, length, windows, table, lifted, overfull):  # type: ignore[no-untyped-def] # pragma: no cover
-    """One table look-up a group instead of first fit: 3 times as fast, and the table is tested whole."""
-    n, k = codes.shape
-    groups = (k + length - 1) // length
-    width = WINDOW * windows
-    for row in numba.prange(n):
-        source, target = codes[row], lifted[row]
-        for group in range(groups):
-            first = group * length
-            mask = 0
-            for j in range(min(length, k - first)):
-                value = source[first + j]
-                if value != 0 and value != NEGATIVE_ZERO:
-                    mask |= 1 << j
-            keep = table[mask]
-            if keep == OVERFULL:
-                overfull[row] = group
-                break
-            for window in range(windows):
-                for lane in range(WINDOW):
-                    if keep >> (WINDOW * window + lane) & 1:
-                        target[group * width + WINDOW * window + lane] = source[first + 2 * window + lane]
+@numba.njit(parallel=True, cache=True, nogil=True)
+def _lift_groups(codes, lanes, table, nibbles, lifted, overfull):  # type: ignore[no-untyped-def] # pragma: no cover
+    """`lanes` is a tuple of L entries: its length belongs to its type, so each L gets unrolled code of its own."""
+    for row in numba.prange(codes.shape[0]):
+        overfull[row] = _lift_row(codes[row], lanes, table, nibbles, lifted[row].view(np.uint32))
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit
+def _lift_row(codes, lanes, table, nibbles, windows):  # type: ignore[no-untyped-def] # pragma: no cover
+    """One table look-up a group instead of first fit; the table is tested whole. Columns move in pairs: window
+    w of a group holds pairs w and w + 1, and its 4 bits in the table's entry say which lanes it keeps.
+
+    Returns the first group that holds too many non-zeros, or -1.
+    """
+    length = len(lanes)
+    pairs, per_group = length // 2, length // 2 - 1
+    groups = (codes.size + length - 1) // length
+    row = np.zeros(groups * length, dtype=np.int8)
+    for c in range(codes.size):
+        row[c] = 0 if codes[c] == NEGATIVE_ZERO else codes[c]
+    values = row.view(np.uint16)
+    full = np.empty(values.size, dtype=np.uint8)  # bit 0: even column of the pair is not zero, bit 1: odd one
+    for p in range(values.size):
+        full[p] = (np.uint8(row[2 * p] != 0)) | (np.uint8(row[2 * p + 1] != 0) << np.uint8(1))
+    for group in range(groups):
+        mask = np.uint32(0)
+        for p in range(pairs):
+            mask |= np.uint32(full[group * pairs + p]) << np.uint32(2 * p)
+        keep = table[mask]
+        if keep == OVERFULL:
+            return group
+        for w in range(per_group):
+            pair = group * pairs + w
+            both = np.uint32(values[pair]) | (np.uint32(values[pair + 1]) << np.uint32(16))
+            windows[group * per_group + w] = both & nibbles[(keep >> np.uint32(WINDOW * w)) & np.uint32(15)]
+    return -1
+
+
+@numba.njit(parallel=True, cache=True, nogil=True)
 def _lift_pairs(codes, lifted):  # type: ignore[no-untyped-def] # pragma: no cover
     """2:inf: window w keeps columns 2w and 2w + 1 in its lanes 0 and 1."""
     n, k = codes.shape
@@ -103,13 +118,37 @@ def _lift_pairs(codes, lifted):  # type: ignore[no-untyped-def] # pragma: no cov
                 lifted[row, WINDOW * (column // 2) + column % 2] = value
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, nogil=True)
+def _unlift(lifted, groups, pairs, per_group, out):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Pair p of a group collects lanes 2, 3 of window p - 1 and lanes 0, 1 of window p."""
+    n, k = out.shape
+    for row in numba.prange(n):
+        windows, target = lifted[row].view(np.uint32), out[row]
+        collected = np.zeros(groups * pairs + 1, dtype=np.uint16)
+        for group in range(groups):
+            for w in range(per_group):
+                window, pair = windows[group * per_group + w], group * pairs + w
+                collected[pair] |= np.uint16(window & np.uint32(0xFFFF))
+                collected[pair + 1] |= np.uint16(window >> np.uint32(16))
+        values = collected.view(np.int8)
+        for c in range(k):
+            target[c] = values[c]
+
+
+@numba.njit(parallel=True, cache=True, nogil=True)
 def _count_not_2_4(lifted):  # type: ignore[no-untyped-def] # pragma: no cover
     bad = 0
     for row in numba.prange(lifted.shape[0]):
-        for c in range(0, lifted.shape[1], WINDOW):
-            count = 0
-            for lane in range(WINDOW):
-                count += lifted[row, c + lane] != 0
-            bad += count > 2
+        bad += _bad_windows(lifted[row])
+    return bad
+
+
+@numba.njit
+def _bad_windows(row):  # type: ignore[no-untyped-def] # pragma: no cover
+    bad = 0
+    for w in range(row.size // WINDOW):
+        count = 0
+        for lane in range(WINDOW):
+            count += row[WINDOW * w + lane] != 0
+        bad += count > KEPT
     return bad

@@ -73,8 +73,8 @@ def quantization_config(dtype: DType) -> dict[str, Any]:
         ignore=["lm_head"],
     )
     # Only what is set: an engine may hold an older compressed-tensors, which refuses keys that it does not know.
-    observers = {"observer", "observer_kwargs"}
-    groups = {"config_groups": {"group_0": {"weights": observers, "input_activations": observers}}}
+    unset = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
+    groups = {"config_groups": {"group_0": {"weights": unset, "input_activations": unset}}}
     values: dict[str, Any] = config.model_dump(mode="json", exclude_none=True, exclude=groups)
     return values
 

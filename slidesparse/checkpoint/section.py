@@ -11,7 +11,6 @@ from slidesparse.errors import CheckpointError
 
 SECTION = "slidesparse"
 """Key in `config.json`, and the quant_method of checkpoints whose weights only we can read."""
-SECTION_VERSION = 1
 
 
 class Totals(BaseModel):
@@ -33,7 +32,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    version: Literal[1] = SECTION_VERSION
+    version: Literal[1] = 1
     pattern: Pattern
     layout: Literal["plain", "lifted"]
     """`plain`: pruned codes [N, K]. `lifted`: [N, K'], to be multiplied with lifted activations."""

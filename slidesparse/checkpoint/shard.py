@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,10 +164,20 @@ def write_shard(target: Path, tensors: Mapping[str, torch.Tensor], own: Mapping[
             done = 0
             while done < len(part):
                 done += stream.write(part[done:])
-        os.fsync(stream.fileno())
     return 8 + len(header) + offset
 
 
 def _tensor_info(entry: dict[str, Any], start: int) -> TensorInfo:
     first, end = entry["data_offsets"]
     return TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), start + first, end - first)
+
+
+def finished(path: Path, recipe: str) -> dict[str, Any] | None:
+    """What our writer recorded in a shard made under `recipe` (an entry of that name); None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        own = Shard.open(path).own
+    except CheckpointError:
+        return None
+    return own if own is not None and own.get("recipe") == recipe else None
