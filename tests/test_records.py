@@ -55,17 +55,17 @@ def kernel(kind: type[KernelRow] = KernelRow, **changes: object) -> KernelRow:
 @pytest.mark.parametrize(
     ("row", "published"),
     [
-        (prefill(64), "throughput_benchmark_results/prefill/GB10_cc121_FP8E4M3_py312_cu129_aarch64/cublaslt/BitNet-2B-FP8_prefill.csv"),
-        (decode(), "throughput_benchmark_results/decode/GB10_cc121_INT8_py312_cu129_aarch64/cublaslt/BitNet-2B-INT8_decode.csv"),
-        (kernel(), f"benchmark_kernel/cuSPARSELt/alg_search_results/{TAG}/FP8/alg_search_BitNet-2B-INT8_2_8.csv"),
-        (kernel(KernelDenseRow), f"benchmark_kernel/cuBLASLt/alg_search_results/{TAG}/FP8/alg_search_BitNet-2B-INT8.csv"),
+        (prefill(64), "throughput_benchmark_results/prefill/*FP8*/cublaslt/BitNet-2B-FP8_prefill.csv"),
+        (decode(), "throughput_benchmark_results/decode/*INT8*/cublaslt/BitNet-2B-INT8_decode.csv"),
+        (kernel(), f"benchmark_kernel/cuSPARSELt/*/{TAG}/FP8/alg_search_BitNet-2B-INT8_2_8.csv"),
+        (kernel(KernelDenseRow), f"benchmark_kernel/cuBLASLt/*/{TAG}/FP8/alg_search_BitNet-2B-INT8.csv"),
     ],
     ids=["prefill", "decode", "kernel", "kernel_dense"],
 )  # fmt: skip
 def test_leading_columns_are_those_of_the_published_files(tmp_path: Path, row: records.Row, published: str) -> None:
     path = tmp_path / "ours.csv"
     records.append(path, [row], header=["GPU: none"])
-    theirs = list(pd.read_csv(PUBLISHED / published, comment="#").columns)
+    theirs = list(pd.read_csv(next(PUBLISHED.glob(published)), comment="#").columns)
     ours = list(pd.read_csv(path, comment="#").columns)
     assert ours[: len(theirs)] == theirs
     assert "verified" in ours[len(theirs) :]

@@ -151,7 +151,7 @@ class _Reader:
             self._problem(SlideSparseError(f"{self._tree.environment}: profile_config.{place}: {first['msg']}"))
             return None
 
-    def table(self, path: Path, row: type[Row], **columns: object) -> pd.DataFrame:
+    def table(self, path: Path, row: type[Row], **columns: str) -> pd.DataFrame:
         """The last row of each cell, all columns of `row` present, constant `columns` added."""
         try:
             frame = records.read(path)
@@ -161,9 +161,9 @@ class _Reader:
         if frame.empty:
             return pd.DataFrame()
         frame = _complete(frame.assign(**columns), row)
-        missing = [name for name in row.KEY if frame[name].isna().any()]
-        if missing:
-            self._problem(SlideSparseError(f"{path}: no value in column {', '.join(missing)}"))
+        problem = _bad_key(frame, row)
+        if problem:
+            self._problem(SlideSparseError(f"{path}: {problem}"))
             return pd.DataFrame()
         return records.latest(frame, row.KEY)
 
@@ -227,6 +227,23 @@ class _Reader:
 
     def _problem(self, error: SlideSparseError) -> None:
         self.problems.append(str(error).replace(f"{self._tree.root}/", ""))
+
+
+def _bad_key(frame: pd.DataFrame, row: type[Row]) -> str:
+    """What is wrong with the columns that name a cell; empty if nothing."""
+    for name in row.KEY:
+        if frame[name].isna().any():
+            return f"no number in column {name}"
+    for name, allowed in (("dtype", set(_DTYPE_FOLDERS)), ("status", {"ok", "failed", "skipped"})):
+        unknown = sorted(set(frame[name]) - allowed) if name in frame.columns else []
+        if unknown:
+            return f"column {name}: {unknown[0]!r} is none of {', '.join(sorted(allowed))}"
+    for sparsity in sorted(set(frame["sparsity"]) - {""}) if "sparsity" in frame.columns else []:
+        try:
+            Sparsity.parse(sparsity)
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 def _complete(frame: pd.DataFrame, row: type[Row]) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import pandas as pd
 
-from slidesparse.config import Profile
+from slidesparse.config import Decode, Kernel, Prefill, Profile, Tune
 from slidesparse.measure.statistics import Interval, unpaired_ratio
 from slidesparse.pattern import Sparsity
 from slidesparse.report.collect import PHASES, Records
@@ -72,8 +72,10 @@ def limit_of(profile: Profile | None, kind: str) -> float | None:
     """The profile's limit of the relative half width: of `prefill`, `decode`, `kernel` or `tune`."""
     if profile is None:
         return None
-    section = {"prefill": profile.prefill, "decode": profile.decode, "kernel": profile.kernel, "tune": profile.tune}
-    return section[kind].stopping.ci_rel
+    sections: dict[str, Prefill | Decode | Kernel | Tune] = {
+        "prefill": profile.prefill, "decode": profile.decode, "kernel": profile.kernel, "tune": profile.tune,
+    }  # fmt: skip
+    return sections[kind].stopping.ci_rel
 
 
 def baseline(backends: list[str], profile: Profile | None = None) -> str:
@@ -122,12 +124,12 @@ def _kernel(records: Records) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for (model, dtype, _), group in frame[frame["status"] == "ok"].groupby(["model", "dtype", "emulation"], sort=False):
         base = baseline(sorted(set(group.loc[group["sparsity"] == "", "backend"])), records.profile)
-        dense = group[(group["backend"] == base) & (group["sparsity"] == "")].set_index(["M", "N", "K_model"])
+        dense = group[(group["backend"] == base) & (group["sparsity"] == "")]
+        twins = {(row["M"], row["N"], row["K_model"]): row for _, row in dense.iterrows()}
         for _, row in group.iterrows():
             if row["backend"] == base and not row["sparsity"]:
                 continue
-            size = (row["M"], row["N"], row["K_model"])
-            twin = dense.loc[size] if size in dense.index else None
+            twin = twins.get((row["M"], row["N"], row["K_model"]))
             if row["speedup"] > 0:
                 # The twin was checked before it was timed beside this row: its trust is this row's own.
                 ratio = {"ratio": row["speedup"], "low": row["speedup_low"], "high": row["speedup_high"]}

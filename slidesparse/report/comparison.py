@@ -117,7 +117,7 @@ def _this_machine(view: View) -> list[str]:
         outcomes.append(
             f"{done} of {total} cells {CHECKED}" + (f", {skipped} skipped" if skipped else "") if total else "not run"
         )
-    hours = sum(float(t.get("seconds") or 0) for t in view.records.status.get("tasks", [])) / 3600
+    hours = sum(float(t.get("seconds") or 0) for t in view.records.status.get("tasks") or []) / 3600
     bitnet = (
         view.records.profile is not None and view.records.profile.models == (REFERENCE_MODEL,) and not view.emulation
     )
@@ -128,14 +128,13 @@ def _this_machine(view: View) -> list[str]:
 
 def _task_table(view: View) -> Table:
     """Seconds of the reference run beside ours; the same work only under the same profile."""
-    ours = {int(t["number"]): t for t in view.records.status.get("tasks", []) if "number" in t}
+    ours = {int(t["number"]): t for t in view.records.status.get("tasks") or [] if "number" in t}
     rows = []
     for number, seconds in published.reference_seconds().items():
         task = ours.get(number, {})
         ran = task.get("status") not in (None, "pending")
-        rows.append([
-            str(number), text(task.get("title", "")), fixed(seconds, 1), fixed(task.get("seconds", -1), 1) if ran else "not run",
-        ])  # fmt: skip
+        here = fixed(task.get("seconds", -1), 1) if ran else "not run"
+        rows.append([str(number), text(task.get("title", "")), fixed(seconds, 1), here])
     return Table(
         ["#", "task", "GB10 reference run, s", f"this machine ({view.profile_name or 'profile unknown'}), s"],
         rows,
@@ -157,18 +156,15 @@ def _summary(found: pd.DataFrame) -> Table:
 
 
 def _reproduction(found: pd.DataFrame) -> list[Titled]:
+    if found.empty:
+        return []
     tables = []
-    groups = [] if found.empty else found.groupby(["kind", "model", "dtype"], sort=False)
-    for (kind, model, dtype), part in groups:
-        cells = {
-            (
-                r["sparsity"],
-                r["n"],
-                r["k"],
-                r["m"],
-            ): f"{fixed(r['ratio'], 2)} {SIGNS[r['outcome']]} {fixed(r['ratio_published'], 2)}"
-            for _, r in part.iterrows()
-        }
+    for (kind, model, dtype), part in found.groupby(["kind", "model", "dtype"], sort=False):
+        cells = {}
+        for _, row in part.iterrows():
+            sign = SIGNS[row["outcome"]]
+            pair = f"{fixed(row['ratio'], 2)} {sign} {fixed(row['ratio_published'], 2)}"
+            cells[(row["sparsity"], row["n"], row["k"], row["m"])] = pair
         ms = sorted(set(part["m"]))
         rows = []
         for sparsity in sorted(set(part["sparsity"]), key=compare.pattern_order):
@@ -264,9 +260,9 @@ def _machines_table(sources: dict[str, pd.DataFrame]) -> Table:
         for n, k in dict.fromkeys(zip(part["n"], part["k"], strict=True)):
             shape = f"{n} x {k}" if n else "whole model"
             for label, frame in sources.items():
-                at = frame[(frame["sparsity"] == sparsity) & (frame["n"] == n) & (frame["k"] == k)].set_index("m")
-                if not at.empty:
-                    cells = [ratio_cell(at.loc[m]) if m in at.index else "" for m in ms]
-                    rows.append([lead[0], shape, label, lead[1], *cells])
+                at = frame[(frame["sparsity"] == sparsity) & (frame["n"] == n) & (frame["k"] == k)]
+                found = {int(row["m"]): ratio_cell(row) for _, row in at.iterrows()}
+                if found:
+                    rows.append([lead[0], shape, label, lead[1], *(found.get(m, "") for m in ms)])
                     lead, shape = ["", ""], ""
     return Table(["pattern", "N x K", "machine", "bound", *(f"M={m}" for m in ms)], rows, left=3)

@@ -28,10 +28,10 @@ def headline(view: View) -> list[str]:
     """One line for each measurement, model and type: how many cells win or lose, and the extremes."""
     lines = []
     for (kind, model, dtype, emulation), part in _supported(view):
-        low, high = _extremes(part)
+        low, high = (f"{interval(row)} ({_name(row)}, {_place(row)})" for row in _extremes(part))
         lines.append(
-            f"{kind.capitalize()}, {title(model, dtype, emulation)}: {_counts(part, emulation)}; {ratio_name(emulation)} "
-            f"from {interval(low)} ({_name(low)}, {_place(low)}) to {interval(high)} ({_name(high)}, {_place(high)})."
+            f"{kind.capitalize()}, {title(model, dtype, emulation)}: {_counts(part, emulation)}; "
+            f"{ratio_name(emulation)} from {low} to {high}."
         )
     return lines
 
@@ -81,7 +81,10 @@ def _by_variant(view: View, part: pd.DataFrame) -> list[tuple[str, str, pd.DataF
 
 def _statements(view: View, subject: str, part: pd.DataFrame, emulation: bool) -> list[str]:
     """Which patterns win everywhere, lose everywhere, or neither; and ratios that the hardware cannot explain."""
-    wins, losses, mixed, over = [], [], [], []
+    wins: list[str] = []
+    losses: list[str] = []
+    mixed: list[str] = []
+    over: list[str] = []
     for backend, sparsity, rows in _by_variant(view, part):
         name = compare.label(backend, sparsity)
         verdicts = set(rows["verdict"])
@@ -135,7 +138,8 @@ def _counts(rows: pd.DataFrame, emulation: bool) -> str:
 
 
 def _extremes(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    return rows.loc[rows["ratio"].idxmin()], rows.loc[rows["ratio"].idxmax()]
+    order = rows.sort_values("ratio", kind="stable")
+    return order.iloc[0], order.iloc[-1]
 
 
 def _name(row: pd.Series) -> str:
@@ -169,4 +173,5 @@ def _limits(view: View) -> list[str]:
 
 def _published(published: Published) -> str:
     parts = [f"{count} {name}" for name, count in published.outcomes.items()]
-    return f"Of {sum(published.outcomes.values())} speed-ups published for this GPU ({published.same}): {', '.join(parts)}."
+    total = sum(published.outcomes.values())
+    return f"Of {total} speed-ups published for this GPU ({published.same}): {', '.join(parts)}."

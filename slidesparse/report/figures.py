@@ -44,7 +44,7 @@ def draw_all(view: View, folder: Path) -> set[str]:
         panels = _panels(part) if kind == "kernel" else [("", part)]
         heading = f"{str(kind).capitalize()}, {model} {dtype}"
         heading += f": {ratio_name(bool(emulation))} against {part['baseline'].iloc[0]}"
-        write_text(folder / name, _draw(view, heading, panels))
+        write_text(folder / name, svg(view, heading, panels))
         names.add(name)
     for stale in sorted(folder.glob("*.svg")):
         if stale.name not in names:
@@ -60,8 +60,9 @@ def _panels(part: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
-def _draw(view: View, title: str, panels: Sequence[tuple[str, pd.DataFrame]]) -> str:
-    with matplotlib.rc_context(STYLE):
+def svg(view: View, title: str, panels: Sequence[tuple[str, pd.DataFrame]]) -> str:
+    """One figure; a panel is a name and its ratios."""
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         columns = min(2, len(panels))
         lines = -(-len(panels) // columns)
         figure = Figure(figsize=(5.2 * columns + 1.4, 2.9 * lines + 0.5), layout="constrained")
@@ -78,7 +79,7 @@ def _draw(view: View, title: str, panels: Sequence[tuple[str, pd.DataFrame]]) ->
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
         buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=NO_METADATA)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=NO_METADATA)  # type: ignore[no-untyped-call]
     return buffer.getvalue()
 
 

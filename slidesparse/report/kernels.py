@@ -9,7 +9,8 @@ import pandas as pd
 from slidesparse.report import compare
 from slidesparse.report.collect import EMULATION
 from slidesparse.report.markdown import Table, code, fixed, integer, significant, text
-from slidesparse.report.view import CHECKED, NOISY, TASKS, View, figure_name, ratio_cell, state, title
+from slidesparse.report.throughput import facts
+from slidesparse.report.view import CHECKED, NOISY, TASKS, View, figure_name, ratio_cell, state, stopping_text, title
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def _block(view: View, group: Group, frame: pd.DataFrame, planned: set[Key]) -> 
             marks += states
             shape = _shape(names, n, k)
             latency.append([shape, name, *(
-                _latency(row, noise[(backend, sparsity, m, n, k)]) if row is not None and row["status"] == "ok" else mark
+                _latency(row, noise[(backend, sparsity, m, n, k)])
+                if row is not None and row["status"] == "ok" else mark
                 for m, row, mark in zip(ms, points, states, strict=True)
             )])  # fmt: skip
             algorithms.append([shape, name, *(
@@ -129,28 +131,21 @@ def _block(view: View, group: Group, frame: pd.DataFrame, planned: set[Key]) -> 
 def _configuration(view: View, frame: pd.DataFrame) -> list[str]:
     lines = []
     if view.records.profile is not None:
-        stop = view.records.profile.kernel.stopping
-        lines.append(
-            f"Each point is repeated until the 95 % interval of its median is within ±{stop.ci_rel * 100:g} %, at least "
-            f"{stop.min_samples} and at most {stop.max_samples} times, for at most {stop.cap_s:g} s; "
-            f"warm-up {stop.warmup_s:g} s. Samples of a sparse point and of its dense twin alternate."
-        )
+        stop = stopping_text("Each point", view.records.profile.kernel.stopping)
+        lines.append(f"{stop} Samples of a sparse point and of its dense twin alternate.")
     if not frame.empty and frame["data"].ne("").any():
-        lines.append(
-            f"Weights: {', '.join(f'{k} ({v} points)' for k, v in frame['data'].value_counts().sort_index().items() if k)}."
-        )
+        counts = frame["data"].value_counts().sort_index()
+        lines.append(f"Weights: {', '.join(f'{kind} ({count} points)' for kind, count in counts.items() if kind)}.")
     return lines
 
 
 def _facts(view: View, frame: pd.DataFrame) -> list[str]:
+    """Code paths with their variants; one example of each kind of check (every point has its own figure)."""
     done = frame[frame["status"] == "ok"]
-    facts = []
-    for path, rows in done[done["path"] != ""].groupby("path", sort=False):
-        variants = view.sorted_variants(zip(rows["backend"], rows["sparsity"], strict=True))
-        facts.append(f"Code path that ran for {', '.join(compare.label(*v) for v in variants)}: {code(path)}.")
+    lines = [line for line in facts(view, done.assign(check="")) if line]
     for name, rows in done[done["verified"].isin(compare.CHECKED)].groupby("verified", sort=True):
-        facts.append(f"Check `{name}`, for example: {text(rows['check'].iloc[0])}")
-    return facts
+        lines.append(f"Check {code(name)}, for example: {text(rows['check'].iloc[0])}")
+    return lines
 
 
 def _latency(row: pd.Series, noisy: bool) -> str:
@@ -174,7 +169,11 @@ def _ratios(
         for n, k in shapes
         for b, s in variants
     ]
-    return Table(["layer (N x K)", f"against {base}", "bound", *(f"M={m}" for m in ms)], _once(rows), left=2)
+    return Table(
+        ["layer (N x K)", f"against {base}", "bound on a GPU" if group[2] else "bound", *(f"M={m}" for m in ms)],
+        _once(rows),
+        left=2,
+    )
 
 
 def _shape(names: dict[tuple[int, int], str], n: int, k: int) -> str:

@@ -50,14 +50,14 @@ def size(value: float) -> str:
 
 
 def text(value: object) -> str:
-    """Free text as the content of a cell or a sentence: one line, no markup of its own."""
+    """Free text in a cell or a sentence: one line, no markup of its own. (Tables take care of `|` themselves.)"""
     line = " ".join(str(value).split())
-    return re.sub(r"[\\|*`<>\[\]~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    return re.sub(r"[\\*`<>\[\]~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
 
 
 def code(value: object) -> str:
     """A name or path in code type; backticks cannot be quoted there, so they become quotes."""
-    line = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    line = " ".join(str(value).split()).replace("`", "'")
     return f"`{line}`" if line else MISSING
 
 
@@ -73,7 +73,7 @@ class Table:
         return bool(self.rows)
 
     def __str__(self) -> str:
-        grid = [[cell or " " for cell in row] for row in (self.head, *self.rows)]
+        grid = [[cell.replace("|", "\\|") or " " for cell in row] for row in (self.head, *self.rows)]
         if any(len(row) != len(self.head) for row in grid):
             raise ValueError(f"a row of the table {list(self.head)} has another number of cells")
         widths = [max(3, *(_width(row[column]) for row in grid)) for column in range(len(self.head))]

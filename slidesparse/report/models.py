@@ -8,7 +8,7 @@ import pandas as pd
 
 from slidesparse.dtypes import DType
 from slidesparse.report import compare
-from slidesparse.report.markdown import Table, code, fixed, integer, known, percent, significant, size, text
+from slidesparse.report.markdown import Table, code, integer, known, percent, significant, size, text
 from slidesparse.report.view import FAILED, SKIPPED, View, state, title
 
 WORST_LAYERS = 5
@@ -27,7 +27,8 @@ def prepare_table(view: View) -> Table:
             continue
         rows.append([
             name, text(row["source"]), text(row["quantization"]), integer(row["parameters"]),
-            integer(row["linear_parameters"]), significant(row["seconds"], 3), significant(row["floor_s"], 3),
+            integer(row["linear_parameters"]),
+            significant(row["seconds"], 3), significant(row["floor_s"], 3),
             size(row["bytes_read"]), size(row["bytes_written"]),
             size(row["peak_rss_mib"] * 2**20), percent(row["weight_error_rel"]),
         ])  # fmt: skip
@@ -49,7 +50,8 @@ def convert_table(view: View) -> Table:
             name, row["sparsity"], f"{state(row)} {row['verified'].replace('_', ' ')}", integer(row["weights"]),
             percent(_share(row["natural_zeros"], row["weights"])), integer(row["weights_removed"]),
             percent(row["removed_fraction"]), percent(row["energy_removed"]),
-            percent(_share(row["groups_unpruned"], row["groups"])), significant(row["seconds"], 3), significant(row["floor_s"], 3),
+            percent(_share(row["groups_unpruned"], row["groups"])),
+            significant(row["seconds"], 3), significant(row["floor_s"], 3),
             size(row["bytes_written"]), size(row["peak_rss_mib"] * 2**20),
         ])  # fmt: skip
     return Table(head, rows, left=3)
@@ -128,10 +130,11 @@ def _tune_summary(view: View, frame: pd.DataFrame) -> Table:
             counts = ok.groupby(["M", "N", "K"]).size()
             won = ok.loc[ok["winner"], "algorithm"].value_counts()
             gains = _gains(ok)
+            best = code(sorted(won[won == won.max()].index)[0]) if len(won) else ""
+            gain = [f"{significant(value, 3)}x" if len(gains) else "" for value in (gains.median(), gains.max())]
             rows.append([
                 operation.replace("_", " "), compare.label(backend, sparsity), str(cells["granularity"].iloc[0]),
-                integer(sizes.ngroups), _range(counts), code(sorted(won[won == won.max()].index)[0]) if len(won) else "",
-                f"{fixed(gains.median(), 2)}x" if len(gains) else "", f"{fixed(gains.max(), 2)}x" if len(gains) else "",
+                integer(sizes.ngroups), _range(counts), best, *gain,
                 integer(int(cells["verified"].isin(compare.CHECKED).sum())),
                 integer(int((cells["status"] == "failed").sum())), integer(int((cells["status"] == "skipped").sum())),
             ])  # fmt: skip

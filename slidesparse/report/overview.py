@@ -25,7 +25,7 @@ def status_table(view: View) -> Table:
     """The eight tasks."""
     head = ["#", "task", "status", "note", "seconds", "cells", "ok", "of these done before", "failed", "skipped"]
     rows = []
-    for task in view.records.status.get("tasks", []):
+    for task in view.records.status.get("tasks") or []:
         status = str(task.get("status", "pending"))
         mark = {"succeeded": CHECKED, "failed": FAILED, "interrupted": FAILED, "skipped": SKIPPED}.get(status, NOT_RUN)
         ran = status not in ("pending",)
@@ -40,7 +40,7 @@ def status_table(view: View) -> Table:
 
 def status_line(view: View) -> str:
     """`8 succeeded, 0 failed, 0 skipped`, and whatever is neither."""
-    tasks = view.records.status.get("tasks", [])
+    tasks = view.records.status.get("tasks") or []
     states = [str(task.get("status", "pending")) for task in tasks]
     parts = [f"{states.count(name)} {name}" for name in ENDED]
     parts += [f"{states.count(name)} {name}" for name in sorted(set(states) - set(ENDED))]
@@ -59,7 +59,7 @@ def environment_table(view: View) -> Table:
         rows.append(
             [
                 "CPU",
-                f"{text(machine.get('cpu', MISSING))}, {machine.get('cores', MISSING)} cores, {machine.get('arch', '')}",
+                f"{text(machine.get('cpu', MISSING))}, {machine.get('cores', MISSING)} cores, {machine.get('arch')}",
             ]
         )
         rows.append(["memory", size(machine.get("memory_bytes", -1))])
@@ -126,14 +126,14 @@ def errors_table(view: View) -> Table:
     cells = _cells(view)
     bad = cells[(cells["status"] != "ok") | (cells["verified"] == "failed")]
     rows = []
-    for (task, model, dtype, backend, sparsity, status, reason), group in bad.groupby(
-        ["task", "model", "dtype", "backend", "sparsity", "status", "reason"], sort=False
-    ):
+    names = ["task", "model", "dtype", "backend", "sparsity", "status", "reason"]
+    for key, group in bad.groupby(names, sort=False):
+        task, model, dtype, backend, sparsity, status, reason = (str(part) for part in key)
         sizes = [text(s) for s in group["size"] if s]
         shown = ", ".join(sizes[:6]) + (f" and {len(sizes) - 6} more" if len(sizes) > 6 else "")
         mark = SKIPPED if status == "skipped" else FAILED
         what = f"{model} {dtype} {compare.label(backend, sparsity)}".strip()
-        rows.append([str(task), what, f"{mark} {status}", shown, text(reason) or MISSING, integer(len(group))])
+        rows.append([task, what, f"{mark} {status}", shown, text(reason) or MISSING, integer(len(group))])
     return Table(["task", "what", "status", "where", "reason", "cells"], rows, left=5)
 
 
@@ -151,8 +151,8 @@ def matrix_table(view: View) -> Table:
         "prefill benchmark",
         "decode benchmark",
     ]
-    counted = {str(t.get("title")): int(t.get("cells") or 0) for t in view.records.status.get("tasks", [])}
-    rows = []
+    counted = {str(t.get("title")): int(t.get("cells") or 0) for t in view.records.status.get("tasks") or []}
+    rows: list[list[str]] = []
     for task in [*order, *TASKS.values()]:
         before = len(rows)
         for model in view.models(cells):

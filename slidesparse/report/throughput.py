@@ -10,7 +10,18 @@ from slidesparse.plan import Phase
 from slidesparse.report import compare
 from slidesparse.report.collect import EMULATION
 from slidesparse.report.markdown import Table, code, fixed, integer, known, percent, significant, size, text
-from slidesparse.report.view import CHECKED, HOST_BOUND, NOISY, NOT_RUN, View, figure_name, ratio_cell, state, title
+from slidesparse.report.view import (
+    CHECKED,
+    HOST_BOUND,
+    NOISY,
+    NOT_RUN,
+    View,
+    figure_name,
+    ratio_cell,
+    state,
+    stopping_text,
+    title,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,8 @@ class PhaseBlock:
     performance: Table
     ratios: Table
     details: Table
+    facts: list[str]
+    """Code paths that ran, and how they were checked."""
     not_run: int
 
 
@@ -59,19 +72,11 @@ def _configuration(view: View, phase: Phase, frame: pd.DataFrame) -> list[str]:
     profile = view.records.profile
     if profile is not None:
         section = profile.prefill if phase == "prefill" else profile.decode
-        stop = section.stopping
-        lines.append(
-            f"Each cell is repeated until the 95 % interval of its median is within ±{stop.ci_rel * 100:g} %, at least "
-            f"{stop.min_samples} and at most {stop.max_samples} times, for at most {stop.cap_s:g} s; "
-            f"warm-up {stop.warmup_s:g} s."
-        )
+        lines.append(stopping_text("Each cell", section.stopping))
     if not frame.empty:
         engines = [code(name) for name in dict.fromkeys(frame["engine"]) if name]
         if engines:
             lines.append(f"Engine: {', '.join(engines)}.")
-        for path, rows in frame[(frame["status"] == "ok") & (frame["path"] != "")].groupby("path", sort=False):
-            variants = view.sorted_variants(zip(rows["backend"], rows["sparsity"], strict=True))
-            lines.append(f"Code path that ran for {', '.join(compare.label(*v) for v in variants)}: {code(path)}.")
     return lines
 
 
@@ -123,6 +128,7 @@ def _block(view: View, phase: Phase, group: Group, frame: pd.DataFrame) -> Phase
         performance=Table(["tokens/s", *columns], performance),
         ratios=_ratios(view, phase, group, ms),
         details=_details(view, frame),
+        facts=facts(view, frame),
         not_run=not_run,
     )
 
@@ -138,28 +144,43 @@ def _ratios(view: View, phase: Phase, group: Group, ms: list[int]) -> Table:
     base = str(frame["baseline"].iloc[0]) if len(frame) else "dense"
     rows = []
     for backend, sparsity in view.sorted_variants(zip(frame["backend"], frame["sparsity"], strict=True)):
-        part = frame[(frame["backend"] == backend) & (frame["sparsity"] == sparsity)].set_index("m")
-        cells = [ratio_cell(part.loc[m]) if m in part.index else "" for m in ms]
+        part = frame[(frame["backend"] == backend) & (frame["sparsity"] == sparsity)]
+        found = {int(row["m"]): ratio_cell(row) for _, row in part.iterrows()}
+        cells = [found.get(m, "") for m in ms]
         limit = fixed(compare.bound(sparsity), 3) if sparsity else ""
         rows.append([compare.label(backend, sparsity), limit, *cells])
-    return Table([f"against {base}", "bound", *(f"M={m}" for m in ms)], rows)
+    return Table([f"against {base}", "bound on a GPU" if group[2] else "bound", *(f"M={m}" for m in ms)], rows)
 
 
 def _details(view: View, frame: pd.DataFrame) -> Table:
-    head = ["variant", "M", "check", "tuning look-ups", "passes", "stop", "step, ms", "output tokens/s", "steady tokens/s",
-            "start-up, s", "measuring, s", "peak memory", "clock, MHz", "power, W", "°C", "throttle"]  # fmt: skip
+    head = ["variant", "M", "check", "tuning look-ups", "passes", "stop", "step, ms", "output tokens/s",
+            "steady tokens/s", "start-up, s", "measuring, s", "peak memory", "clock, MHz", "power, W",
+            "°C", "throttle"]  # fmt: skip
     rows = []
     for backend, sparsity in view.sorted_variants(zip(frame["backend"], frame["sparsity"], strict=True)):
         part = frame[(frame["backend"] == backend) & (frame["sparsity"] == sparsity) & (frame["status"] == "ok")]
         for _, row in part.sort_values("m", kind="stable").iterrows():
             rows.append([
-                compare.label(backend, sparsity), integer(row["m"]), f"{state(row)} {text(row['check'])}", text(row["tuning"]),
+                compare.label(backend, sparsity), integer(row["m"]), state(row), text(row["tuning"]),
                 integer(row["passes"]), text(row["stop"]), significant(row["step_ms"], 4),
                 significant(row["output_tokens_per_s"], 4), significant(row["steady_tokens_per_s"], 4),
                 fixed(row["startup_s"], 1), fixed(row["measure_s"], 1), size(row["peak_rss_mib"] * 2**20),
-                integer(row["clock_mhz"]), fixed(row["power_w"], 1), fixed(row["temperature_c"], 1), text(row["throttle"]),
+                integer(row["clock_mhz"]), fixed(row["power_w"], 1),
+                fixed(row["temperature_c"], 1), text(row["throttle"]),
             ])  # fmt: skip
     return Table(*without_empty(head, rows), left=4)
+
+
+def facts(view: View, frame: pd.DataFrame) -> list[str]:
+    """Each code path and each check of measured rows once, with the variants that it is true of."""
+    lines = []
+    done = frame[frame["status"] == "ok"]
+    for column, words in (("path", "Code path that ran"), ("check", "Check")):
+        for value, rows in done[done[column] != ""].groupby(column, sort=False):
+            variants = view.sorted_variants(zip(rows["backend"], rows["sparsity"], strict=True))
+            shown = code(value) if column == "path" else text(value)
+            lines.append(f"{words}, {', '.join(compare.label(*v) for v in variants)}: {shown}")
+    return sorted(lines, key=lambda line: not line.startswith("Code"))
 
 
 def without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

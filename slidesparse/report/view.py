@@ -8,6 +8,7 @@ from functools import cached_property
 
 import pandas as pd
 
+from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
 from slidesparse.plan import Phase, throughput_cells
 from slidesparse.report import compare
@@ -120,7 +121,7 @@ class View:
         dense = [("kernel_dense", backend, "") for backend in profile.backends.dense]
         lists = {"kernel_high": profile.sparsity.kernel_high, "kernel_low": profile.sparsity.kernel_low}
         sparse = [(t, b, str(s)) for t, patterns in lists.items() for b in profile.backends.sparse for s in patterns]
-        cells = []
+        cells: list[tuple[str, str, str, str, str, int, int, int]] = []
         for model in profile.models:
             rows = frame[frame["model"] == model]
             shapes = list(dict.fromkeys(zip(rows["N"].astype(int), rows["K_model"].astype(int), strict=True)))
@@ -153,6 +154,15 @@ def ratio_name(emulation: bool) -> str:
 def title(model: str, dtype: str, emulation: bool) -> str:
     """Heading of what was measured on one model and type."""
     return f"{model} {dtype}{' (emulation)' if emulation else ''}"
+
+
+def stopping_text(what: str, stop: Stopping) -> str:
+    """The stopping rule in a sentence."""
+    return (
+        f"{what} is repeated until the 95 % interval of its median is within ±{stop.ci_rel * 100:g} %, at least "
+        f"{stop.min_samples} and at most {stop.max_samples} times, for at most {stop.cap_s:g} s; "
+        f"warm-up {stop.warmup_s:g} s."
+    )
 
 
 def figure_name(kind: str, model: str, dtype: str, emulation: bool) -> str:
