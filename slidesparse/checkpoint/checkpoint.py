@@ -149,7 +149,8 @@ class Checkpoint:
             )
         if info.shape != shape:
             raise CheckpointError(
-                f"{shard.path}: {name} has shape {list(info.shape)}, config.json says {list(shape)}; they do not belong together"
+                f"{shard.path}: {name} has shape {list(info.shape)}, config.json says {list(shape)}; "
+                "they do not belong together: fetch both again"
             )
 
 
