@@ -10,7 +10,7 @@ from slidesparse.report import compare
 from slidesparse.report.collect import PHASES
 from slidesparse.report.comparison import Published
 from slidesparse.report.markdown import Table, fixed, integer
-from slidesparse.report.view import View, interval, ratio_name, title
+from slidesparse.report.view import HOST_BOUND, NOISY, View, interval, ratio_name, title
 
 KINDS = (*PHASES, "kernel")
 
@@ -28,7 +28,7 @@ def headline(view: View) -> list[str]:
     """One line for each measurement, model and type: how many cells win or lose, and the extremes."""
     lines = []
     for (kind, model, dtype, emulation), part in _supported(view):
-        low, high = (f"{interval(row)} ({_name(row)}, {_place(row)})" for row in _extremes(part))
+        low, high = (f"{_shown(row)} ({_name(row)}, {_place(row)})" for row in _extremes(part))
         lines.append(
             f"{kind.capitalize()}, {title(model, dtype, emulation)}: {_counts(part, emulation)}; "
             f"{ratio_name(emulation)} from {low} to {high}."
@@ -93,12 +93,16 @@ def _statements(view: View, subject: str, part: pd.DataFrame, emulation: bool) -
         if above and not emulation:
             over.append(f"{name} ({above} of {len(rows)})")
     if emulation:
-        pairs = [("less time than dense at every size", wins), ("more time at every size", losses), ("neither", mixed)]
+        pairs = [
+            ("less time than dense at every size", wins),
+            ("more time at every size", losses),
+            ("depends on the size, or no difference shown", mixed),
+        ]
     else:
         pairs = [
             ("faster than dense at every size measured", wins),
             ("**sparse loses at every size measured**", losses),
-            ("no clear gain: some sizes slower, or no difference shown", mixed),
+            ("depends on the size, or no difference shown", mixed),
         ]
     lines = [f"{subject}: " + "; ".join(f"{words}: {', '.join(names)}" for words, names in pairs if names) + "."]
     if over:
@@ -119,7 +123,7 @@ def _table(view: View, supported: list[tuple[Group, pd.DataFrame]]) -> Table:
             rows.append([
                 f"{kind.capitalize()}, {title(model, dtype, emulation)}", compare.label(backend, sparsity),
                 *(integer(int(count.get(name, 0))) for name in ("faster", "no difference shown", "slower")),
-                f"{interval(low)} ({_place(low)})", f"{interval(high)} ({_place(high)})", bound,
+                f"{_shown(low)} ({_place(low)})", f"{_shown(high)} ({_place(high)})", bound,
             ])  # fmt: skip
     head = ["measurement", "variant", "faster", "no difference shown", "slower", "lowest", "highest", "bound"]
     if view.emulation:
@@ -140,6 +144,12 @@ def _counts(rows: pd.DataFrame, emulation: bool) -> str:
 def _extremes(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     order = rows.sort_values("ratio", kind="stable")
     return order.iloc[0], order.iloc[-1]
+
+
+def _shown(row: pd.Series) -> str:
+    """Ratio and interval, marked where a side of it is noisy or host-bound."""
+    marks = (NOISY if row["noisy"] else "") + (HOST_BOUND if row["host_bound"] else "")
+    return f"{interval(row)} {marks}".rstrip()
 
 
 def _name(row: pd.Series) -> str:

@@ -37,6 +37,11 @@ def fixed(value: float, decimals: int) -> str:
     return f"{value:,.{decimals}f}" if known(value) else MISSING
 
 
+def seconds(value: float) -> str:
+    """A duration to the millisecond below 1 s, and no finer than 0.1 s from 10 s on."""
+    return fixed(value, 3 if value < 1 else 2 if value < 10 else 1 if value < 1000 else 0)
+
+
 def percent(value: float, digits: int = 3) -> str:
     """A share: 0.01234 -> 1.23 %."""
     return f"{significant(value * 100, digits)} %" if known(value) else MISSING

@@ -8,7 +8,7 @@ import pandas as pd
 
 from slidesparse.dtypes import DType
 from slidesparse.report import compare
-from slidesparse.report.markdown import Table, code, integer, known, percent, significant, size, text
+from slidesparse.report.markdown import Table, code, integer, known, percent, seconds, significant, size, text
 from slidesparse.report.view import FAILED, SKIPPED, View, state, title
 
 WORST_LAYERS = 5
@@ -28,7 +28,7 @@ def prepare_table(view: View) -> Table:
         rows.append([
             name, text(row["source"]), text(row["quantization"]), integer(row["parameters"]),
             integer(row["linear_parameters"]),
-            significant(row["seconds"], 3), significant(row["floor_s"], 3),
+            seconds(row["seconds"]), seconds(row["floor_s"]),
             size(row["bytes_read"]), size(row["bytes_written"]),
             size(row["peak_rss_mib"] * 2**20), percent(row["weight_error_rel"]),
         ])  # fmt: skip
@@ -51,7 +51,7 @@ def convert_table(view: View) -> Table:
             percent(_share(row["natural_zeros"], row["weights"])), integer(row["weights_removed"]),
             percent(row["removed_fraction"]), percent(row["energy_removed"]),
             percent(_share(row["groups_unpruned"], row["groups"])),
-            significant(row["seconds"], 3), significant(row["floor_s"], 3),
+            seconds(row["seconds"]), seconds(row["floor_s"]),
             size(row["bytes_written"]), size(row["peak_rss_mib"] * 2**20),
         ])  # fmt: skip
     return Table(head, rows, left=3)

@@ -79,9 +79,15 @@ def environment_table(view: View) -> Table:
     if runs:
         commits = list(dict.fromkeys(str(run.get("commit", "")) for run in runs if run.get("commit")))
         rows.append(
-            ["runs that wrote here", f"{len(runs)}; commits {', '.join(code(c[:10]) for c in commits) or MISSING}"]
+            ["runs that wrote here", f"{len(runs)}; commits {', '.join(code(_short(c)) for c in commits) or MISSING}"]
         )
     return Table(["what", "value"], rows, left=2)
+
+
+def _short(commit: str) -> str:
+    """Ten digits of a commit, and whether there were changes beyond it."""
+    digits, mark, changes = commit.partition("+")
+    return f"{digits[:10]}{mark}{changes}"
 
 
 def _gpu(gpu: dict[str, Any], count: object) -> str:

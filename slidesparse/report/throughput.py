@@ -9,7 +9,7 @@ import pandas as pd
 from slidesparse.plan import Phase
 from slidesparse.report import compare
 from slidesparse.report.collect import EMULATION
-from slidesparse.report.markdown import Table, code, fixed, integer, known, percent, significant, size, text
+from slidesparse.report.markdown import Table, code, fixed, integer, known, percent, seconds, significant, size, text
 from slidesparse.report.view import (
     CHECKED,
     HOST_BOUND,
@@ -164,7 +164,7 @@ def _details(view: View, frame: pd.DataFrame) -> Table:
                 compare.label(backend, sparsity), integer(row["m"]), state(row), text(row["tuning"]),
                 integer(row["passes"]), text(row["stop"]), significant(row["step_ms"], 4),
                 significant(row["output_tokens_per_s"], 4), significant(row["steady_tokens_per_s"], 4),
-                fixed(row["startup_s"], 1), fixed(row["measure_s"], 1), size(row["peak_rss_mib"] * 2**20),
+                seconds(row["startup_s"]), seconds(row["measure_s"]), size(row["peak_rss_mib"] * 2**20),
                 integer(row["clock_mhz"]), fixed(row["power_w"], 1),
                 fixed(row["temperature_c"], 1), text(row["throttle"]),
             ])  # fmt: skip
