@@ -104,7 +104,9 @@ def all_(options: Options) -> None:
 
 
 @main.command()
-@click.option("--other", "others", multiple=True, type=click.Path(path_type=Path), help="another machine's result folder")
+@click.option(
+    "--other", "others", multiple=True, type=click.Path(path_type=Path), help="another machine's result folder"
+)
 @click.pass_obj
 def report(options: Options, others: tuple[Path, ...]) -> None:
     """Render report.md again, from records alone."""

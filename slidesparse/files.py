@@ -52,7 +52,11 @@ def describe_os_error(error: BaseException, target: Path) -> str | None:
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
         free = shutil.disk_usage(existing_parent(target)).free
         return f"{target}: disk full ({free / 2**20:.0f} MiB free); free some space and run the same command again"
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM) or "Read-only file system" in text or "Permission denied" in text:
+    if (
+        number in (errno.EROFS, errno.EACCES, errno.EPERM)
+        or "Read-only file system" in text
+        or "Permission denied" in text
+    ):
         return f"{target}: cannot write there (read-only or no permission); choose another folder with --data"
     if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return f"{target}: a file or folder of another kind is in the way; move it aside"
@@ -118,5 +122,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SlideSparseError(f"{folder}: another run is writing there; wait for it or use another --data") from None
+            raise SlideSparseError(
+                f"{folder}: another run is writing there; wait for it or use another --data"
+            ) from None
         yield

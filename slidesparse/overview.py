@@ -69,11 +69,15 @@ def print_plan(overview: dict[str, Any], with_cells: bool) -> None:
     if with_cells:
         for task in overview["tasks"]:
             for cell in task["list"]:
-                console.print(f"{task['number']} {'done' if cell['recorded'] else 'to do'}  {cell['cell']}", highlight=False)
+                console.print(
+                    f"{task['number']} {'done' if cell['recorded'] else 'to do'}  {cell['cell']}", highlight=False
+                )
     need, free = overview["disk_need_bytes"] / 2**30, overview["disk_free_bytes"] / 2**30
     console.print(f"models from: {overview['source']}; disk needed in all {need:.1f} GiB, free {free:.1f} GiB")
     console.print(f"records: {overview['reports']}", soft_wrap=True)
-    console.print("Time is the sum of the stopping rules' caps (and of bytes over disk speed): most cells stop earlier.")
+    console.print(
+        "Time is the sum of the stopping rules' caps (and of bytes over disk speed): most cells stop earlier."
+    )
 
 
 def read_status(plan: Plan) -> dict[str, Any]:
@@ -98,13 +102,16 @@ def print_status(state: dict[str, Any]) -> None:
         table.add_column(name)
     for name in ("seconds", "ok", "failed", "skipped"):
         table.add_column(name, justify="right")
-    table.add_column("note", overflow="fold")
     for task in state["tasks"]:
         colour = MARKS.get(task["status"], "white")
         counts = (str(task["ok"]), str(task["failed"]), str(task["skipped"]))
         label = f"[{colour}]{task['status']}[/{colour}]"
-        table.add_row(str(task["number"]), task["title"], label, f"{task['seconds']:.1f}", *counts, task["note"])
+        table.add_row(str(task["number"]), task["title"], label, f"{task['seconds']:.1f}", *counts)
     console.print(table)
+    for task in state["tasks"]:
+        if task["note"]:
+            line = f"{task['number']} {task['name']}: {task['note']}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     count = [sum(task["status"] == status for task in state["tasks"]) for status in ("succeeded", "failed", "skipped")]
     console.print(f"{count[0]} succeeded, {count[1]} failed, {count[2]} skipped")
 

@@ -103,15 +103,17 @@ def _stage(stage: Stage) -> RunTask:
 
 
 class _Status:
-    """`status.json`: the last word on each of the eight tasks, kept over runs of single stages."""
+    """`status.json`: the last word on each of the eight tasks, kept over runs of single stages and other profiles."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._entries = {task.number: self._entry(task, "pending") for task in run.plan.tasks}
+        self._others: dict[str, Any] = {}
         if run.tree.status.exists():
             before = files.read_json(run.tree.status)
-            if before.get("profile") == run.plan.profile_name:
-                self._entries |= {entry["number"]: entry for entry in before["tasks"]}
+            self._others = before.get("other_profiles", {}) | {before["profile"]: before["tasks"]}
+            for entry in self._others.pop(run.plan.profile_name, []):
+                self._entries[entry["number"]] = entry
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
 
     def update(
@@ -135,6 +137,7 @@ class _Status:
                 "updated_utc": datetime.now(UTC).isoformat(timespec="seconds"),
                 "tasks": [self._entries[number] for number in sorted(self._entries)],
                 "log": f"logs/{self._run.run_id}.log",
+                "other_profiles": self._others,
             },
         )
 
@@ -155,7 +158,7 @@ class _Status:
             "name": task.name,
             "title": task.title,
             "status": status,
-            "seconds": round(seconds, 1),
+            "seconds": round(seconds, 3),
             "cells": len(task.cells),
             "ok": outcome.ok,
             "failed": outcome.failed,
