@@ -57,7 +57,9 @@ def layers(draw: st.DrawFn) -> tuple[npt.NDArray[np.int8], torch.Tensor]:
 
 @given(layers(), st.sampled_from(PATTERNS))
 @settings(max_examples=150)
-def test_the_smallest_original_magnitudes_go(case: tuple[npt.NDArray[np.int8], torch.Tensor], pattern: Sparsity) -> None:
+def test_the_smallest_original_magnitudes_go(
+    case: tuple[npt.NDArray[np.int8], torch.Tensor], pattern: Sparsity
+) -> None:
     codes, weight = case
     made = prune(codes, bits(weight), pattern, "magnitude", 0, "layer")
     expected = reference_prune(codes, weight, pattern)

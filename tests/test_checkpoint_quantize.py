@@ -97,6 +97,8 @@ def test_values_that_are_no_numbers_are_named(value: float) -> None:
     weight = torch.randn(5, 40).bfloat16()
     weight[3, 17] = value
     for quantise in (ternary, lambda w, name: absmax_per_channel(w, DType.FP8, name)):
-        with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: row 3, column 17 is NaN or inf"):
+        with pytest.raises(
+            CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: row 3, column 17 is NaN or inf"
+        ):
             quantise(bits(weight), "model.layers.1.mlp.up_proj.weight")
     check_finite(bits(torch.full((2, 3), 3.3e38).bfloat16()), "largest value")

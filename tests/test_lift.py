@@ -92,7 +92,9 @@ def test_lifted_activation_is_the_column_map(pattern: Sparsity, k: int) -> None:
 
 
 @given(st.sampled_from(PATTERNS[:-1]), st.data())
-def test_a_group_with_too_many_non_zeros_is_refused_by_layer_row_and_column(pattern: Sparsity, data: st.DataObject) -> None:
+def test_a_group_with_too_many_non_zeros_is_refused_by_layer_row_and_column(
+    pattern: Sparsity, data: st.DataObject
+) -> None:
     assert pattern.l is not None
     groups = data.draw(st.integers(1, 4))
     row, group = data.draw(st.integers(0, 2)), data.draw(st.integers(0, groups - 1))

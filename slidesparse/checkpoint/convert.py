@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from slidesparse import __version__, records
-from slidesparse.checkpoint import disk, metadata, source
+from slidesparse.checkpoint import disk, families, metadata, source
 from slidesparse.checkpoint.checkpoint import CONFIG, Checkpoint
 from slidesparse.checkpoint.draft import Draft
 from slidesparse.checkpoint.facts import LinearFacts, layer_row, share, sum_up
@@ -180,13 +180,8 @@ def _make(run: Run, variants: list[_Variant], base: source.Base) -> None:
 
 
 def _load(base: Checkpoint, variants: list[_Variant], layer: int) -> _Layer:
-    linears = set(base.linears())
-    names = base.layers()[layer]
-    weights = {
-        name.removesuffix(".weight"): base.load(name).view(torch.uint16).numpy()
-        for name in names
-        if name.endswith(".weight") and name.removesuffix(".weight") in linears
-    }
+    linears = [name for name in base.linears() if families.layer_of(name) == layer]
+    weights = {name: base.load(f"{name}.weight").view(torch.uint16).numpy() for name in linears}
     codes: dict[DType, dict[str, Codes]] = {}
     others: dict[DType, dict[str, torch.Tensor]] = {}
     for dtype, prepared in {variant.cell.dtype: variant.prepared for variant in variants}.items():

@@ -17,7 +17,7 @@ from slidesparse.files import describe_os_error, existing_parent
 MIB = 2**20
 PROBE_BYTES = 256 * MIB
 _SMALLEST_PROBE = 4 * MIB
-_SPARE = 64 * MIB
+_SPARE = 16 * MIB
 """Left free for records and logs."""
 
 
@@ -69,9 +69,10 @@ def measure(folder: Path, work_bytes: int) -> DiskSpeed:
 def require(folder: Path, need_bytes: int, what: str) -> None:
     """Make sure before starting that the bytes fit. Raises DiskError with both figures."""
     free = shutil.disk_usage(existing_parent(folder)).free
-    if need_bytes + _SPARE > free:
+    need = need_bytes + _SPARE
+    if need > free:
         raise DiskError(
-            f"{folder}: {what} needs {need_bytes / MIB:.0f} MiB, {free / MIB:.0f} MiB are free; "
+            f"{folder}: {what} needs {need / MIB:.0f} MiB, {free / MIB:.0f} MiB are free; "
             "free some space or choose another folder with --data"
         )
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from slidesparse.errors import CheckpointError
@@ -102,7 +101,8 @@ class Shard:
     def load(self, name: str) -> torch.Tensor:
         """Read one tensor into memory. Raises CheckpointError when the file cannot be read."""
         info = self.tensors[name]
-        data = np.empty(info.nbytes, dtype=np.uint8)
+        tensor = torch.empty(info.shape, dtype=TYPES[info.dtype])
+        data = tensor.view(-1).view(torch.uint8).numpy()
         try:
             with self.path.open("rb", buffering=0) as stream:
                 stream.seek(info.offset)
@@ -114,7 +114,7 @@ class Shard:
                     done += count
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name}: {error.strerror}") from None
-        return torch.from_numpy(data).view(TYPES[info.dtype]).view(info.shape)
+        return tensor
 
     @property
     def own(self) -> dict[str, Any] | None:
