@@ -236,7 +236,7 @@ def test_a_failed_proof_fails_its_variant_and_no_other(tmp_path: Path, monkeypat
     run = ready(tmp_path)
     bad = "model.layers.1.self_attn.o_proj"
 
-    def lossy(codes: np.ndarray, sparsity: Sparsity, layer: str) -> np.ndarray:
+    def lossy(codes: np.ndarray, sparsity: Sparsity, layer: str, first_row: int) -> np.ndarray:
         lifted = lift.lift_weight(codes, sparsity, layer)
         if layer == bad and sparsity.l == 10:
             row, column = np.argwhere(lifted)[0]

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from slidesparse import __version__, records
@@ -209,19 +210,21 @@ def _prune_layer(
     tensors = dict(inputs.others[cell.dtype])
     facts = []
     for name, codes in inputs.codes[cell.dtype].items():
+        n, k = codes.shape
         made = prune(codes, inputs.weights[name], cell.sparsity, options.method, seed, name)
+        lifted_k = cell.sparsity.lifted_k(k)
+        lifted = np.empty((n, lifted_k), dtype=np.int8) if options.layout == "lifted" else None
         try:
-            lifted = proof.lift(made.codes, cell.sparsity, name)
+            proof.lift(made.codes, cell.sparsity, name, lifted)
         except (VerificationError, CheckpointError) as error:
             run.log.error("%s: %s", cell, error)
             variant.error = error
             return
-        kept = lifted if options.layout == "lifted" else made.codes
+        kept = made.codes if lifted is None else lifted
         tensors[f"{name}.weight"] = torch.from_numpy(kept).view(cell.dtype.torch)
-        n, k = codes.shape
         facts.append(
             LinearFacts(
-                layer=name, n=n, k=k, lifted_k=lifted.shape[1],
+                layer=name, n=n, k=k, lifted_k=lifted_k,
                 natural_zeros=made.natural_zeros, weights_removed=made.removed,
                 energy=made.energy, energy_removed=made.energy_removed,
                 groups=made.groups, groups_unpruned=made.groups_unpruned,

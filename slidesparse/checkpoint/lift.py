@@ -24,8 +24,10 @@ _NIBBLE_MASKS = np.array(
 """Bytes of a window that 4 lane bits keep."""
 
 
-def lift_weight(codes: Codes, sparsity: Sparsity, layer: str) -> Codes:
+def lift_weight(codes: Codes, sparsity: Sparsity, layer: str, first_row: int = 0) -> Codes:
     """Lift weight codes: int8 (or e4m3 bytes) [N, K] -> [N, K'], 2:4, same product with lifted activations.
+
+    `layer`, and `first_row` (of the layer, where `codes` are some of its rows), are for the error alone.
 
     Raises:
         CheckpointError: a group has more than L - 2 non-zeros (names layer, row and columns).
@@ -43,8 +45,8 @@ def lift_weight(codes: Codes, sparsity: Sparsity, layer: str) -> Codes:
         group = codes[row, first : first + sparsity.l]
         count = int(np.count_nonzero((group != 0) & (group != NEGATIVE_ZERO)))
         raise CheckpointError(
-            f"{layer}: row {row}, columns {first} to {first + sparsity.l - 1}: {count} non-zeros, but {sparsity} "
-            f"allows {sparsity.l - sparsity.z}; convert the model to {sparsity} first"
+            f"{layer}: row {first_row + row}, columns {first} to {first + sparsity.l - 1}: {count} non-zeros, "
+            f"but {sparsity} allows {sparsity.l - sparsity.z}; convert the model to {sparsity} first"
         )
     return lifted
 
@@ -60,7 +62,10 @@ def lift_activation(x: npt.NDArray[np.generic], sparsity: Sparsity) -> npt.NDArr
 def unlift_weight(lifted: Codes, k: int, sparsity: Sparsity) -> Codes:
     """The inverse of `lift_weight`: [N, K'] -> [N, K]. Every non-zero stands in exactly one lifted column."""
     out = np.empty((lifted.shape[0], k), dtype=np.int8)
-    _unlift(lifted, sparsity.groups(k), sparsity.group_columns(k) // 2, sparsity.windows_per_group(k), out)
+    if sparsity.l is None:
+        _unlift_pairs(lifted, out)
+    else:
+        _unlift_groups(lifted, (0,) * sparsity.l, out)
     return out
 
 
@@ -119,36 +124,54 @@ def _lift_pairs(codes, lifted):  # type: ignore[no-untyped-def] # pragma: no cov
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
-def _unlift(lifted, groups, pairs, per_group, out):  # type: ignore[no-untyped-def] # pragma: no cover
+def _unlift_groups(lifted, lanes, out):  # type: ignore[no-untyped-def] # pragma: no cover
+    for row in numba.prange(out.shape[0]):
+        _unlift_row(lifted[row].view(np.uint32), lanes, out[row])
+
+
+@numba.njit
+def _unlift_row(windows, lanes, out):  # type: ignore[no-untyped-def] # pragma: no cover
     """Pair p of a group collects lanes 2, 3 of window p - 1 and lanes 0, 1 of window p."""
+    pairs, per_group = len(lanes) // 2, len(lanes) // 2 - 1
+    groups = (out.size + len(lanes) - 1) // len(lanes)
+    collected = np.empty(groups * pairs, dtype=np.uint16)
+    for group in range(groups):
+        first, target = group * per_group, group * pairs
+        collected[target] = np.uint16(windows[first] & np.uint32(0xFFFF))
+        for p in range(1, per_group):
+            left, right = windows[first + p - 1] >> np.uint32(16), windows[first + p] & np.uint32(0xFFFF)
+            collected[target + p] = np.uint16(left | right)
+        collected[target + per_group] = np.uint16(windows[first + per_group - 1] >> np.uint32(16))
+    values = collected.view(np.int8)
+    for c in range(out.size):
+        out[c] = values[c]
+
+
+@numba.njit(parallel=True, cache=True, nogil=True)
+def _unlift_pairs(lifted, out):  # type: ignore[no-untyped-def] # pragma: no cover
+    """The inverse of `_lift_pairs`; lanes 2 and 3, which it leaves empty, count too."""
     n, k = out.shape
     for row in numba.prange(n):
-        windows, target = lifted[row].view(np.uint32), out[row]
-        collected = np.zeros(groups * pairs + 1, dtype=np.uint16)
-        for group in range(groups):
-            for w in range(per_group):
-                window, pair = windows[group * per_group + w], group * pairs + w
-                collected[pair] |= np.uint16(window & np.uint32(0xFFFF))
-                collected[pair + 1] |= np.uint16(window >> np.uint32(16))
-        values = collected.view(np.int8)
-        for c in range(k):
-            target[c] = values[c]
+        for column in range(k):
+            lane = WINDOW * (column // 2) + column % 2
+            out[row, column] = lifted[row, lane] | (lifted[row, lane - 2] if column >= 2 else np.int8(0))
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
 def _count_not_2_4(lifted):  # type: ignore[no-untyped-def] # pragma: no cover
     bad = 0
     for row in numba.prange(lifted.shape[0]):
-        bad += _bad_windows(lifted[row])
+        bad += _bad_windows(lifted[row].view(np.uint32))
     return bad
 
 
 @numba.njit
-def _bad_windows(row):  # type: ignore[no-untyped-def] # pragma: no cover
+def _bad_windows(windows):  # type: ignore[no-untyped-def] # pragma: no cover
+    """The top bit of every byte says whether the byte is not zero; a multiplication adds up the four."""
+    low, top = np.uint32(0x7F7F7F7F), np.uint32(0x80808080)
     bad = 0
-    for w in range(row.size // WINDOW):
-        count = 0
-        for lane in range(WINDOW):
-            count += row[WINDOW * w + lane] != 0
-        bad += count > KEPT
+    for w in range(windows.size):
+        full = (((windows[w] & low) + low) | windows[w]) & top
+        count = (((full >> np.uint32(7)) * np.uint32(0x01010101)) >> np.uint32(24)) & np.uint32(0xFF)
+        bad += count > np.uint32(KEPT)
     return bad

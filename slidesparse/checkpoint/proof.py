@@ -16,6 +16,9 @@ from slidesparse.errors import VerificationError
 from slidesparse.pattern import Sparsity
 
 _SEED = 20260128
+_BLOCK_BYTES = 4 * 2**20
+"""Lifted bytes of the rows that are proven together: they stay in the cache between the steps, and the memory
+is used again by the next block. With whole layers at once, page faults cost a third of the time."""
 
 
 class LosslessProof:
@@ -31,24 +34,38 @@ class LosslessProof:
         """What a proven row says in its column `check`."""
         return f"2:4 in every window; un-lifted equal; int32 product equal on {self._tokens} random tokens"
 
-    def lift(self, codes: Codes, sparsity: Sparsity, layer: str) -> Codes:
-        """Lift a pruned weight [N, K] and prove the result [N, K'].
+    def lift(self, codes: Codes, sparsity: Sparsity, layer: str, out: Codes | None = None) -> None:
+        """Lift a pruned weight [N, K] and prove the result; write it to `out` [N, K'] if given.
 
         Raises:
             CheckpointError: a group holds too many non-zeros.
             VerificationError: the lifted weight is not 2:4, or not the same weight.
         """
-        lifted = lift_weight(codes, sparsity, layer)
+        n, k = codes.shape
+        rows = max(1, _BLOCK_BYTES // sparsity.lifted_k(k))
+        for first in range(0, n, rows):
+            lifted = self._lift_rows(codes[first : first + rows], sparsity, layer, first)
+            if out is not None:
+                out[first : first + rows] = lifted
+
+    def _lift_rows(self, codes: Codes, sparsity: Sparsity, layer: str, first_row: int) -> Codes:
+        lifted = lift_weight(codes, sparsity, layer, first_row)
+        where = f"{layer}: rows {first_row} to {first_row + len(codes) - 1}"
         bad = count_not_2_4(lifted)
         if bad:
-            raise VerificationError(f"{layer}: {bad} windows of the lifted weight ({sparsity}) are not 2:4")
-        plain = np.where(codes == NEGATIVE_ZERO, np.int8(0), codes) if (codes == NEGATIVE_ZERO).any() else codes
+            raise VerificationError(f"{where}: {bad} windows of the lifted weight ({sparsity}) are not 2:4")
+        negative_zero = codes == NEGATIVE_ZERO
+        plain = np.where(negative_zero, np.int8(0), codes) if negative_zero.any() else codes
         if not np.array_equal(unlift_weight(lifted, codes.shape[1], sparsity), plain):
-            raise VerificationError(f"{layer}: un-lifting ({sparsity}) does not give the weight back")
-        self._multiply(plain, lifted, sparsity, layer)
+            raise VerificationError(f"{where}: un-lifting ({sparsity}) does not give the weight back")
+        expected, got = self._products(plain, lifted, sparsity)
+        if not torch.equal(expected, got):
+            differ = int((expected != got).sum())
+            raise VerificationError(f"{where}: lifted product ({sparsity}) differs in {differ} of {got.numel()} values")
         return lifted
 
-    def _multiply(self, plain: Codes, lifted: Codes, sparsity: Sparsity, layer: str) -> None:
+    def _products(self, plain: Codes, lifted: Codes, sparsity: Sparsity) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [tokens, N] of the plain and of the lifted weight."""
         k = plain.shape[1]
         if k not in self._plain:
             random = np.random.default_rng((_SEED, k)).integers(-127, 128, (self._tokens, k), dtype=np.int8)
@@ -56,7 +73,4 @@ class LosslessProof:
         if (k, sparsity) not in self._lifted:
             self._lifted[k, sparsity] = torch.from_numpy(lift_activation(self._plain[k].numpy(), sparsity))
         expected = torch._int_mm(self._plain[k], torch.from_numpy(plain).t())
-        got = torch._int_mm(self._lifted[k, sparsity], torch.from_numpy(lifted).t())
-        if not torch.equal(expected, got):
-            differ = int((expected != got).sum())
-            raise VerificationError(f"{layer}: lifted product ({sparsity}) differs in {differ} of {got.numel()} values")
+        return expected, torch._int_mm(self._lifted[k, sparsity], torch.from_numpy(lifted).t())
