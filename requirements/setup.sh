@@ -85,7 +85,7 @@ pin=$(<"requirements/torch-$choice.txt")
 # The folder counts because an environment cannot be moved. PYTHON and TORCH_INDEX do not: a later call without
 # them is to use what they built.
 base=$({ echo "$venv $choice"; digest requirements/base.lock "requirements/torch-$choice.txt"; } | sha256sum)
-dev=$(digest requirements/dev.lock)
+dev=$(digest requirements/dev.lock requirements/triton.txt)
 project=$(digest pyproject.toml)
 
 if ! current base "$base" || ! "$python" -c pass 2>/dev/null; then
@@ -100,5 +100,7 @@ fi
 if [ "$part" = dev ] && ! current dev "$dev"; then
   say "test and lint packages (dev.lock)"
   pip install --no-deps --require-hashes -r requirements/dev.lock
+  # A CUDA build of torch brings its own Triton; with a CPU build the kernels' tests need one, for its interpreter.
+  "$python" -c 'import triton' 2>/dev/null || pip install --no-deps -r requirements/triton.txt
   done_with dev "$dev"
 fi

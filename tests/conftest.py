@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
+
+# Read once, when Triton is first imported: without a GPU its kernels run in the interpreter.
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A first call compiles (numba) or imports (torch): the time of one example says nothing about a fault.
 settings.register_profile("slidesparse", deadline=None, print_blob=True)
