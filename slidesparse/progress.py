@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,15 +37,17 @@ class _PlainBar:
     def __init__(self, title: str, total: float) -> None:
         self._title, self._total, self._done = title, total, 0.0
         self._start = self._said = time.monotonic()
+        self._lock = threading.Lock()
 
     def advance(self, count: float = 1, note: str = "") -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._said >= PLAIN_INTERVAL_S or self._done >= self._total:
-            self._said = now
-            left = (now - self._start) / max(self._done, 1e-9) * (self._total - self._done)
-            share = self._done / self._total if self._total else 1.0
-            print(f"  {self._title}: {share:4.0%}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)
+        with self._lock:  # stages advance it from several threads
+            self._done += count
+            now = time.monotonic()
+            if now - self._said >= PLAIN_INTERVAL_S or self._done >= self._total:
+                self._said = now
+                left = (now - self._start) / max(self._done, 1e-9) * (self._total - self._done)
+                share = self._done / self._total if self._total else 1.0
+                print(f"  {self._title}: {share:4.0%}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)
 
 
 class _SilentBar:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from slidesparse.checkpoint.prune import Method, prune
 from slidesparse.pattern import Sparsity
 
+Layer = tuple[npt.NDArray[np.int8], torch.Tensor]
 PATTERNS = [Sparsity(length) for length in range(4, 17, 2)] + [Sparsity(None)]
 
 
@@ -40,8 +41,8 @@ def reference_prune(codes: npt.NDArray[np.int8], weight: torch.Tensor, pattern: 
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> tuple[npt.NDArray[np.int8], torch.Tensor]:
-    """Few distinct magnitudes, so that ties are common; codes are zero where the weight is small, as ternary ones are."""
+def layers(draw: st.DrawFn) -> Layer:
+    """Few distinct magnitudes, so that ties are common; codes are zero where the weight is small."""
     n, k = draw(st.integers(1, 4)), draw(st.integers(1, 60))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     levels = draw(st.integers(1, 12))
@@ -57,9 +58,7 @@ def layers(draw: st.DrawFn) -> tuple[npt.NDArray[np.int8], torch.Tensor]:
 
 @given(layers(), st.sampled_from(PATTERNS))
 @settings(max_examples=150)
-def test_the_smallest_original_magnitudes_go(
-    case: tuple[npt.NDArray[np.int8], torch.Tensor], pattern: Sparsity
-) -> None:
+def test_the_smallest_original_magnitudes_go(case: Layer, pattern: Sparsity) -> None:
     codes, weight = case
     made = prune(codes, bits(weight), pattern, "magnitude", 0, "layer")
     expected = reference_prune(codes, weight, pattern)
@@ -77,7 +76,7 @@ def test_the_smallest_original_magnitudes_go(
 @given(layers(), st.sampled_from(PATTERNS), st.sampled_from(["magnitude", "random"]))
 @settings(max_examples=100)
 def test_every_group_keeps_the_pattern_and_no_more_is_removed_than_needed(
-    case: tuple[npt.NDArray[np.int8], torch.Tensor], pattern: Sparsity, method: Method
+    case: Layer, pattern: Sparsity, method: Method
 ) -> None:
     codes, weight = case
     made = prune(codes, bits(weight), pattern, method, 3, "layer")
@@ -97,7 +96,7 @@ def test_every_group_keeps_the_pattern_and_no_more_is_removed_than_needed(
 
 
 @given(layers())
-def test_two_to_infinity_changes_no_byte(case: tuple[npt.NDArray[np.int8], torch.Tensor]) -> None:
+def test_two_to_infinity_changes_no_byte(case: Layer) -> None:
     codes, weight = case
     for method in ("magnitude", "random"):
         made = prune(codes, bits(weight), Sparsity(None), method, 0, "layer")
@@ -124,8 +123,8 @@ def test_random_depends_on_seed_layer_and_pattern_alone_and_not_on_magnitude() -
     codes = np.ones((64, 240), dtype=np.int8)
     one, other = (bf16(rng.standard_normal(codes.shape)) for _ in range(2))
 
-    def mask(weight: torch.Tensor, seed: int, layer: str, pattern: Sparsity = Sparsity(8)) -> npt.NDArray[np.bool_]:
-        return prune(codes, bits(weight), pattern, "random", seed, layer).codes == 0
+    def mask(weight: torch.Tensor, seed: int, layer: str) -> npt.NDArray[np.bool_]:
+        return prune(codes, bits(weight), Sparsity(8), "random", seed, layer).codes == 0
 
     first = mask(one, 0, "a")
     np.testing.assert_array_equal(first, mask(other, 0, "a"))

@@ -1,20 +1,25 @@
-"""Shards and checkpoints: what we write, safetensors reads, and the other way round; what is broken is named in a line."""
+"""Shards and checkpoints: what we write, safetensors reads, and the other way round; what is broken is named."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import BITNET, LLAMA, QWEN2
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slidesparse.checkpoint import families
+from slidesparse.checkpoint import direct, families
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.checkpoint.shard import Shard, finished, write_shard
 from slidesparse.checkpoint.synthetic import write_model
@@ -30,9 +35,9 @@ TENSORS = {
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and bytes(one.view(-1).view(torch.uint8).tolist()) == bytes(
-        other.contiguous().view(-1).view(torch.uint8).tolist()
-    )  # fmt: skip
+    """Equal types, shapes and bytes."""
+    raw = [tensor.contiguous().view(-1).view(torch.uint8).tolist() for tensor in (one, other)]
+    return one.dtype == other.dtype and one.shape == other.shape and raw[0] == raw[1]
 
 
 def test_safetensors_reads_what_we_write(tmp_path: Path) -> None:
@@ -181,7 +186,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing size": (lambda f: edit_config(f, intermediate_size=None), "key 'intermediate_size' is missing"),
     "missing shard": (
-        lambda f: (f / "model-00002-of-00003.safetensors").unlink(), r"model-00002-of-00003\.safetensors: this shard is missing",
+        lambda f: (f / "model-00002-of-00003.safetensors").unlink(),
+        r"model-00002-of-00003\.safetensors: this shard is missing",
     ),
     "truncated shard": (truncate, r"model-00002-of-00003\.safetensors: \d+ bytes, its header says \d+: truncated"),
     "empty shard": (lambda f: cut_to(f, 0), "truncated or not a safetensors"),
@@ -190,7 +196,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "model.safetensors.index.json").unlink(), "only safetensors checkpoints"),
     "missing tensor": (lambda f: rewrite(f, UP, None), rf"tensor {UP} is missing"),
     "wrong type": (lambda f: rewrite(f, UP, torch.zeros(176, 96)), rf"{UP} is F32, expected BF16"),
-    "wrong shape": (lambda f: rewrite(f, UP, torch.zeros(96, 176).bfloat16()), rf"{UP} has shape \[96, 176\], config.json says"),
+    "wrong shape": (
+        lambda f: rewrite(f, UP, torch.zeros(96, 176).bfloat16()), rf"{UP} has shape \[96, 176\], config.json says",
+    ),
     "other quantisation": (
         lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}), "unsupported quantisation 'gptq'",
     ),
@@ -213,3 +221,15 @@ def test_a_broken_checkpoint_is_refused_in_one_line(fault: str, folder: Path) ->
 def test_a_tensor_that_is_not_there_is_named(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="no tensor nonsense"):
         Checkpoint.open(folder).load("nonsense")
+
+
+@given(st.lists(st.integers(0, 9000), max_size=5), st.booleans())
+@settings(max_examples=40)
+def test_files_written_past_the_page_cache_hold_the_parts(sizes: list[int], plain: bool) -> None:
+    parts = [np.random.default_rng(index).integers(0, 256, size, dtype=np.uint8) for index, size in enumerate(sizes)]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "CHUNK", 8192)
+        if plain:  # a file system without direct I/O
+            patch.setattr(direct, "_write_direct", lambda *args: (_ for _ in ()).throw(OSError(errno.EINVAL, "no")))
+        assert direct.write_file(Path(folder, "x"), parts) == sum(sizes)
+        assert Path(folder, "x").read_bytes() == b"".join(part.tobytes() for part in parts)

@@ -352,7 +352,8 @@ def test_ctrl_c_ends_the_pass_and_the_next_run_resumes(tmp_path: Path, monkeypat
 
     def interrupt(run: Run, variant: Any, layer: int, *rest: Any) -> None:
         if layer == 1:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)  # of the process: its main thread is interrupted, as on a terminal
+            time.sleep(0.2)
         real(run, variant, layer, *rest)
 
     monkeypatch.setattr(convert, "_prune_layer", interrupt)
@@ -436,7 +437,7 @@ def test_the_first_error_of_a_writer_is_raised_and_the_rest_dropped() -> None:
         ran.append(index)
 
     def go() -> None:
-        with pipeline.WriteBehind() as writer:
+        with pipeline.write_behind() as writer:
             for index in range(200):
                 writer.put(1, lambda index=index: job(index))
 
@@ -446,14 +447,14 @@ def test_the_first_error_of_a_writer_is_raised_and_the_rest_dropped() -> None:
 
 
 def test_writers_hold_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "QUEUED_BYTES", 100)
+    monkeypatch.setattr(pipeline, "WRITE_BYTES", 100)
     held, most = [0], [0]
 
     def job() -> None:
         time.sleep(0.001)
         held[0] -= 40
 
-    with pipeline.WriteBehind() as writer:
+    with pipeline.write_behind() as writer:
         for _ in range(50):
             writer.put(40, job)
             held[0] += 40

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from small_runs import MODEL
 from transformers import AutoModelForCausalLM
 from transformers.integrations.bitnet import WeightQuant
 
-from slidesparse.checkpoint import disk, pipeline, shard, source
+from slidesparse.checkpoint import disk, prepare, shard, source
 from slidesparse.dtypes import DType
 from slidesparse.errors import DiskError
 from slidesparse.files import read_json
@@ -114,7 +116,7 @@ def as_downloaded(folder: Path, run_folder: Path) -> Path:
         tensors |= load_file(path)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = read_json(made.folder / "config.json") | {
-        "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"},
+        "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"},
         "auto_map": {"AutoConfig": "configuration_bitnet.BitNetConfig"}, "torch_dtype": "bfloat16",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -278,15 +280,15 @@ def test_ctrl_c_leaves_whole_shards_that_the_next_run_uses(tmp_path: Path, monke
     whole = model_run(tmp_path / "whole")
     run_prepare(whole)
     run = model_run(tmp_path / "run")
-    real, written = pipeline.WriteBehind.put, []
+    real = prepare._quantise_layer
 
-    def interrupt(self: pipeline.WriteBehind, nbytes: int, job: Any) -> None:
-        written.append(job)
-        if len(written) == 6:  # base: 3 shards; INT8 and FP8 of layer 0; here: INT8 of layer 1
-            raise KeyboardInterrupt
-        real(self, nbytes, job)
+    def interrupt(targets: Any, tensors: dict[str, torch.Tensor], *rest: Any) -> Any:
+        if "model.layers.1.mlp.up_proj.weight" in tensors:
+            signal.raise_signal(signal.SIGINT)  # of the process: its main thread is interrupted, as on a terminal
+            time.sleep(0.2)
+        return real(targets, tensors, *rest)
 
-    monkeypatch.setattr(pipeline.WriteBehind, "put", interrupt)
+    monkeypatch.setattr(prepare, "_quantise_layer", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_prepare(run)
     folder = run.plan.prepared_folder(MODEL, DType.INT8)

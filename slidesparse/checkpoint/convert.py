@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from slidesparse.checkpoint.checkpoint import CONFIG, Checkpoint
 from slidesparse.checkpoint.draft import Draft
 from slidesparse.checkpoint.facts import LinearFacts, layer_row, share, sum_up
 from slidesparse.checkpoint.lift import Codes
-from slidesparse.checkpoint.pipeline import WriteBehind, read_ahead
+from slidesparse.checkpoint.pipeline import Background, read_ahead, side_by_side, write_behind
 from slidesparse.checkpoint.proof import LosslessProof
 from slidesparse.checkpoint.prune import Bf16Bits, prune
 from slidesparse.checkpoint.section import Section
@@ -168,13 +169,17 @@ def _make(run: Run, variants: list[_Variant], base: source.Base) -> None:
     proof = LosslessProof(run.plan.profile.convert.proof_tokens)
     title = f"{variants[0].cell.model}: converting"
     total = sum(len(needing) for needing in work.values())
-    with track(title, total, run.quiet) as bar, WriteBehind() as writer:
+
+    def prune_layer(variant: _Variant, layer: int, inputs: _Layer) -> None:
+        if variant.error is None:
+            _prune_layer(run, variant, layer, inputs, proof, writer)
+        bar.advance(1, f"layer {layer}, {variant.cell.sparsity}")
+
+    with track(title, total, run.quiet) as bar, write_behind() as writer, side_by_side() as workers:
         for layer, inputs in read_ahead(todo, lambda layer: _load(base.checkpoint, work[layer], layer)):
-            _share_bytes_read(inputs, work[layer])
+            size = _share_bytes_read(inputs, work[layer])
             for variant in work[layer]:
-                if variant.error is None:
-                    _prune_layer(run, variant, layer, inputs, proof, writer)
-                bar.advance(1, f"layer {layer}, {variant.cell.sparsity}")
+                workers.put(size // len(work[layer]), partial(prune_layer, variant, layer, inputs))
     for variant in variants:
         if variant.error is None:
             _finish(run, variant, base)
@@ -192,19 +197,23 @@ def _load(base: Checkpoint, variants: list[_Variant], layer: int) -> _Layer:
     return _Layer(weights, codes, others)
 
 
-def _share_bytes_read(inputs: _Layer, variants: list[_Variant]) -> None:
-    """What was read once counts for every variant that needed it, in equal parts: the rows add up to the truth."""
+def _share_bytes_read(inputs: _Layer, variants: list[_Variant]) -> int:
+    """Count what was read once for every variant that needed it, in equal parts, so that the rows add up to it."""
     base = sum(weight.nbytes for weight in inputs.weights.values())
+    prepared = {
+        dtype: sum(codes.nbytes for codes in inputs.codes[dtype].values())
+        + sum(tensor.nbytes for tensor in inputs.others[dtype].values())
+        for dtype in inputs.codes
+    }
     for variant in variants:
         dtype = variant.cell.dtype
-        prepared = sum(codes.nbytes for codes in inputs.codes[dtype].values())
-        prepared += sum(tensor.nbytes for tensor in inputs.others[dtype].values())
         same = sum(other.cell.dtype is dtype for other in variants)
-        variant.bytes_read += base // len(variants) + prepared // same
+        variant.bytes_read += base // len(variants) + prepared[dtype] // same
+    return base + sum(prepared.values())
 
 
 def _prune_layer(
-    run: Run, variant: _Variant, layer: int, inputs: _Layer, proof: LosslessProof, writer: WriteBehind
+    run: Run, variant: _Variant, layer: int, inputs: _Layer, proof: LosslessProof, writer: Background
 ) -> None:
     options, seed, cell = run.plan.profile.convert, run.plan.profile.seed, variant.cell
     tensors = dict(inputs.others[cell.dtype])

@@ -6,8 +6,9 @@ shard, and shards of another recipe are made again. Until `finish` the folder do
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from slidesparse.checkpoint.checkpoint import CONFIG, shard_name, write_config
-from slidesparse.checkpoint.pipeline import WriteBehind
+from slidesparse.checkpoint.pipeline import Background
 from slidesparse.checkpoint.shard import INDEX, Shard, finished, write_shard
 from slidesparse.errors import CheckpointError, DiskError
 from slidesparse.files import describe_os_error, link_or_copy
@@ -29,6 +30,7 @@ class Draft:
     layer_count: int
     recipe: str
     bytes_written: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def begin(self) -> None:
         """Make the folder; it stops being a checkpoint. Raises DiskError where it cannot be written."""
@@ -52,11 +54,12 @@ class Draft:
         return [layer for layer in range(self.layer_count) if self.facts(layer) is None]
 
     def write(
-        self, writer: WriteBehind, layer: int | None, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+        self, writer: Background, layer: int | None, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
     ) -> None:
         """Queue a shard. `facts` must hold JSON values."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        self.bytes_written += size
+        with self._lock:
+            self.bytes_written += size
         writer.put(size, partial(write_shard, self.path(layer), tensors, {"recipe": self.recipe, **facts}))
 
     def link_rest(self, source: Path) -> None:

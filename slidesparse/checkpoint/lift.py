@@ -74,10 +74,10 @@ def count_not_2_4(lifted: Codes) -> int:
     return int(_count_not_2_4(lifted))
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _lift_groups(codes, lanes, table, nibbles, lifted, overfull):  # type: ignore[no-untyped-def] # pragma: no cover
     """`lanes` is a tuple of L entries: its length belongs to its type, so each L gets unrolled code of its own."""
-    for row in numba.prange(codes.shape[0]):
+    for row in range(codes.shape[0]):
         overfull[row] = _lift_row(codes[row], lanes, table, nibbles, lifted[row].view(np.uint32))
 
 
@@ -112,20 +112,20 @@ def _lift_row(codes, lanes, table, nibbles, windows):  # type: ignore[no-untyped
     return -1
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _lift_pairs(codes, lifted):  # type: ignore[no-untyped-def] # pragma: no cover
     """2:inf: window w keeps columns 2w and 2w + 1 in its lanes 0 and 1."""
     n, k = codes.shape
-    for row in numba.prange(n):
+    for row in range(n):
         for column in range(k):
             value = codes[row, column]
             if value != NEGATIVE_ZERO:
                 lifted[row, WINDOW * (column // 2) + column % 2] = value
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _unlift_groups(lifted, lanes, out):  # type: ignore[no-untyped-def] # pragma: no cover
-    for row in numba.prange(out.shape[0]):
+    for row in range(out.shape[0]):
         _unlift_row(lifted[row].view(np.uint32), lanes, out[row])
 
 
@@ -147,20 +147,20 @@ def _unlift_row(windows, lanes, out):  # type: ignore[no-untyped-def] # pragma: 
         out[c] = values[c]
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _unlift_pairs(lifted, out):  # type: ignore[no-untyped-def] # pragma: no cover
     """The inverse of `_lift_pairs`; lanes 2 and 3, which it leaves empty, count too."""
     n, k = out.shape
-    for row in numba.prange(n):
+    for row in range(n):
         for column in range(k):
             lane = WINDOW * (column // 2) + column % 2
             out[row, column] = lifted[row, lane] | (lifted[row, lane - 2] if column >= 2 else np.int8(0))
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _count_not_2_4(lifted):  # type: ignore[no-untyped-def] # pragma: no cover
     bad = 0
-    for row in numba.prange(lifted.shape[0]):
+    for row in range(lifted.shape[0]):
         bad += _bad_windows(lifted[row].view(np.uint32))
     return bad
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from slidesparse import __version__, records
 from slidesparse.checkpoint import disk, metadata, source
 from slidesparse.checkpoint.checkpoint import CONFIG, Checkpoint
 from slidesparse.checkpoint.draft import Draft
-from slidesparse.checkpoint.pipeline import WriteBehind, read_ahead
+from slidesparse.checkpoint.pipeline import Background, read_ahead, side_by_side, write_behind
 from slidesparse.checkpoint.quantize import Quantised, absmax_per_channel, check_finite, ternary, ternary_as_e4m3
 from slidesparse.config import Model
 from slidesparse.dtypes import DType
@@ -111,22 +112,27 @@ def _make(run: Run, targets: list[_Target], base: source.Base, model: Model) -> 
     for target in targets:
         target.draft.begin()
     work = {layer: [t for t in targets if t.draft.facts(layer) is None] for layer in range(checkpoint.layer_count)}
-    layers = checkpoint.layers()
+    layers, linears = checkpoint.layers(), set(checkpoint.linears())
     facts = {"base": checkpoint.fingerprint(), "source": str(base.provenance)}
     todo = [layer for layer, needing in work.items() if needing]
 
     def load(layer: int) -> dict[str, torch.Tensor]:
         return {name: checkpoint.load(name) for name in layers[layer]}
 
-    with track(f"{targets[0].cell.model}: quantising", len(todo) + 1, run.quiet) as bar, WriteBehind() as writer:
+    def quantise(layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        for target, out, sums in _quantise_layer(work[layer], tensors, model, linears):
+            target.draft.write(writer, layer, out, facts | {"sums": sums})
+        bar.advance(1, f"layer {layer}")
+
+    title = f"{targets[0].cell.model}: quantising"
+    with track(title, len(todo) + 1, run.quiet) as bar, write_behind() as writer, side_by_side() as workers:
         _rest(targets, checkpoint, writer, facts)
         bar.advance(1, "embeddings")
         for layer, tensors in read_ahead(todo, load):
             size = sum(tensor.nbytes for tensor in tensors.values())
-            for target, out, sums in _quantise_layer(work[layer], tensors, model, set(checkpoint.linears())):
+            for target in work[layer]:
                 target.bytes_read += size // len(work[layer])
-                target.draft.write(writer, layer, out, facts | {"sums": sums})
-            bar.advance(1, f"layer {layer}")
+            workers.put(size, partial(quantise, layer, tensors))
     for target in targets[1:]:
         target.draft.link_rest(targets[0].draft.path(None))
     for target in targets:
@@ -139,7 +145,7 @@ def _make(run: Run, targets: list[_Target], base: source.Base, model: Model) -> 
         target.draft.finish(metadata.prepared_config(checkpoint.config, target.cell.dtype, where))
 
 
-def _rest(targets: list[_Target], base: Checkpoint, writer: WriteBehind, facts: dict[str, Any]) -> None:
+def _rest(targets: list[_Target], base: Checkpoint, writer: Background, facts: dict[str, Any]) -> None:
     """The first target's shard of embeddings and the like: a link where the base has such a shard of ours."""
     first, names = targets[0], base.rest()
     holders = [shard for shard in base.shards.values() if set(shard.tensors) == set(names)]

@@ -54,8 +54,7 @@ class LosslessProof:
         bad = count_not_2_4(lifted)
         if bad:
             raise VerificationError(f"{where}: {bad} windows of the lifted weight ({sparsity}) are not 2:4")
-        negative_zero = codes == NEGATIVE_ZERO
-        plain = np.where(negative_zero, np.int8(0), codes) if negative_zero.any() else codes
+        plain = np.where(codes == NEGATIVE_ZERO, np.int8(0), codes) if codes.min() == NEGATIVE_ZERO else codes
         if not np.array_equal(unlift_weight(lifted, codes.shape[1], sparsity), plain):
             raise VerificationError(f"{where}: un-lifting ({sparsity}) does not give the weight back")
         expected, got = self._products(plain, lifted, sparsity)

@@ -71,11 +71,11 @@ def _mixed(value):  # type: ignore[no-untyped-def] # pragma: no cover
     return value ^ (value >> np.uint64(31))
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _prune(codes, weight, lanes, random, salt, out, counts, energies):  # type: ignore[no-untyped-def] # pragma: no cover
     """`lanes` is a tuple of L entries (none for 2:inf): a tuple's length belongs to its type, so every L gets
     machine code of its own, and loops over a group are unrolled. That is 4 times as fast as with L a number."""
-    for row in numba.prange(codes.shape[0]):
+    for row in range(codes.shape[0]):
         start = salt + np.uint64(row) * np.uint64(codes.shape[1])
         _prune_row(codes[row], weight[row], lanes, random, start, out[row], counts[row], energies[row])
 

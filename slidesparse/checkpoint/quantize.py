@@ -137,9 +137,9 @@ def _square_sums(values, rebuilt):  # type: ignore[no-untyped-def] # pragma: no 
     return error, energy
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _first_not_finite(bits, bad):  # type: ignore[no-untyped-def] # pragma: no cover
-    for row in numba.prange(bits.shape[0]):
+    for row in range(bits.shape[0]):
         source = bits[row]
         count = 0
         for c in range(source.size):
@@ -151,16 +151,16 @@ def _first_not_finite(bits, bad):  # type: ignore[no-untyped-def] # pragma: no c
                     break
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _magnitude_sums(bits, out):  # type: ignore[no-untyped-def] # pragma: no cover
-    for row in numba.prange(bits.shape[0]):
+    for row in range(bits.shape[0]):
         out[row] = _magnitude_sum(_values(bits[row]))
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _ternary(bits, mean, inverse, codes, sums):  # type: ignore[no-untyped-def] # pragma: no cover
     """round() of at most half is 0, half to even; everything above is clamped to 1."""
-    for row in numba.prange(bits.shape[0]):
+    for row in range(bits.shape[0]):
         values, target = _values(bits[row]), codes[row]
         rebuilt = np.empty(values.size, dtype=np.float32)
         for c in range(values.size):
@@ -171,15 +171,15 @@ def _ternary(bits, mean, inverse, codes, sums):  # type: ignore[no-untyped-def] 
         sums[row, 0], sums[row, 1] = _square_sums(values, rebuilt)
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _translate(source, table, out):  # type: ignore[no-untyped-def] # pragma: no cover
-    for i in numba.prange(source.size):
+    for i in range(source.size):
         out[i] = table[source[i]]
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _largest(bits, out):  # type: ignore[no-untyped-def] # pragma: no cover
-    for row in numba.prange(bits.shape[0]):
+    for row in range(bits.shape[0]):
         source = bits[row]
         top = np.uint16(0)
         for c in range(source.size):
@@ -189,9 +189,9 @@ def _largest(bits, out):  # type: ignore[no-untyped-def] # pragma: no cover
         out[row] = one.view(np.float32)[0]
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _absmax_int8(bits, scale, codes, sums):  # type: ignore[no-untyped-def] # pragma: no cover
-    for row in numba.prange(bits.shape[0]):
+    for row in range(bits.shape[0]):
         values, target, step = _values(bits[row]), codes[row], scale[row]
         rebuilt = np.empty(values.size, dtype=np.float32)
         for c in range(values.size):
@@ -201,10 +201,10 @@ def _absmax_int8(bits, scale, codes, sums):  # type: ignore[no-untyped-def] # pr
         sums[row, 0], sums[row, 1] = _square_sums(values, rebuilt)
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _absmax_e4m3(bits, scale, table, codes, sums):  # type: ignore[no-untyped-def] # pragma: no cover
     """-0 is written as +0, so that a code is zero exactly when its byte is."""
-    for row in numba.prange(bits.shape[0]):
+    for row in range(bits.shape[0]):
         values, target, step = _values(bits[row]), codes[row], scale[row]
         scaled = np.empty(values.size, dtype=np.float32)
         for c in range(values.size):

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from slidesparse.checkpoint.direct import write_file
 from slidesparse.errors import CheckpointError
 from slidesparse.files import atomic_path
 
@@ -149,8 +151,8 @@ def write_shard(target: Path, tensors: Mapping[str, torch.Tensor], own: Mapping[
     buffers, offset, total = [], 0, hashlib.sha256()
     for name in names:
         tensor = tensors[name].detach().contiguous()
-        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-        end = offset + len(buffer)
+        buffer = tensor.view(-1).view(torch.uint8).numpy()
+        end = offset + buffer.size
         entries[name] = {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         total.update(buffer)
         buffers.append(buffer)
@@ -159,12 +161,9 @@ def write_shard(target: Path, tensors: Mapping[str, torch.Tensor], own: Mapping[
     metadata = {"__metadata__": {"format": "pt", OWN_METADATA: text}}
     header = json.dumps(metadata | entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    with atomic_path(target) as partial, partial.open("wb", buffering=0) as stream:
-        for part in (memoryview(len(header).to_bytes(8, "little") + header), *buffers):
-            done = 0
-            while done < len(part):
-                done += stream.write(part[done:])
-    return 8 + len(header) + offset
+    first = np.frombuffer(len(header).to_bytes(8, "little") + header, dtype=np.uint8)
+    with atomic_path(target) as partial:
+        return write_file(partial, [first, *buffers])
 
 
 def _tensor_info(entry: dict[str, Any], start: int) -> TensorInfo:

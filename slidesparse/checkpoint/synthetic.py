@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from slidesparse.checkpoint import families
 from slidesparse.checkpoint.draft import Draft
 from slidesparse.checkpoint.families import Shape
-from slidesparse.checkpoint.pipeline import WriteBehind
+from slidesparse.checkpoint.pipeline import side_by_side, write_behind
 from slidesparse.files import write_json
 from slidesparse.progress import track
 
@@ -53,12 +54,20 @@ def write_model(folder: Path, config: Mapping[str, Any], seed: int, recipe: str,
     groups += [(layer, families.layer_tensors(config, layer)) for layer in range(layers)]
     draft = Draft(folder, layers, recipe)
     draft.begin()
-    with track(f"{title}: synthetic weights", len(groups), quiet) as bar, WriteBehind() as writer:
-        for layer, shapes in groups:
-            if draft.facts(layer) is None:
-                tensors = {name: random_tensor(name, shape, layers, seed) for name, shape in shapes.items()}
-                draft.write(writer, layer, tensors, {})
-            bar.advance(1)
+
+    def make(layer: int | None, shapes: dict[str, Shape]) -> None:
+        draft.write(writer, layer, {name: random_tensor(name, shapes[name], layers, seed) for name in shapes}, {})
+        bar.advance(1)
+
+    todo = {layer: shapes for layer, shapes in groups if draft.facts(layer) is None}
+    with (
+        track(f"{title}: synthetic weights", len(todo), quiet) as bar,
+        write_behind() as writer,
+        side_by_side() as workers,
+    ):
+        for layer, shapes in todo.items():
+            size = sum(2 * math.prod(shape) for shape in shapes.values())
+            workers.put(size, partial(make, layer, shapes))
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
     write_json(folder / _GENERATION_CONFIG, {"_from_model_config": True, **tokens})
     draft.finish(model_config(config))
@@ -84,11 +93,11 @@ def _distribution(name: str, shape: Shape, layers: int) -> tuple[float, float]:
     return 0.0, spread / math.sqrt(2 * layers) if "o_proj" in name or "down_proj" in name else spread
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True)
 def _fill(out, start, centre, scale):  # type: ignore[no-untyped-def] # pragma: no cover
     """Value i: splitmix64 of start + i as four 16-bit integers, summed, centred, scaled, rounded to BF16."""
     block = 4096
-    for b in numba.prange((out.size + block - 1) // block):
+    for b in range((out.size + block - 1) // block):
         first = b * block
         size = min(block, out.size - first)
         values = np.empty(size, dtype=np.float32)
