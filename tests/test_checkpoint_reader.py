@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from slidesparse.checkpoint import direct, families
 from slidesparse.checkpoint.checkpoint import Checkpoint
+from slidesparse.checkpoint.draft import Draft
 from slidesparse.checkpoint.shard import Shard, finished, write_shard
 from slidesparse.checkpoint.synthetic import write_model
 from slidesparse.errors import CheckpointError
@@ -72,10 +74,14 @@ def test_equal_content_gives_equal_bytes_and_a_changed_bit_another_header(tmp_pa
     assert Shard.open(two).digest() != before
 
 
+def make(folder: Path, config: dict[str, Any], seed: int) -> None:
+    write_model(Draft(folder, config["num_hidden_layers"], "recipe"), config, seed, "test", quiet=True)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    write_model(folder, BITNET, 0, "recipe", "test", quiet=True)
+    make(folder, BITNET, 0)
     return folder
 
 
@@ -87,7 +93,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "config", [BITNET, LLAMA, QWEN2, LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 16}]
 )
-def test_families_hold_the_parameters_of_transformers(config: dict[str, object]) -> None:
+def test_families_hold_the_parameters_of_transformers(config: dict[str, Any]) -> None:
     keys = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(str(config["model_type"]), **keys))
@@ -102,8 +108,8 @@ def test_families_hold_the_parameters_of_transformers(config: dict[str, object])
 
 
 @pytest.mark.parametrize("config", [BITNET, LLAMA, QWEN2])
-def test_transformers_loads_the_synthetic_model(config: dict[str, object], tmp_path: Path) -> None:
-    write_model(tmp_path, config, 7, "recipe", "test", quiet=True)
+def test_transformers_loads_the_synthetic_model(config: dict[str, Any], tmp_path: Path) -> None:
+    make(tmp_path, config, 7)
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -117,8 +123,8 @@ def test_transformers_loads_the_synthetic_model(config: dict[str, object], tmp_p
 
 
 def test_synthetic_bytes_depend_on_seed_and_name_alone(whole: Path, tmp_path: Path) -> None:
-    write_model(tmp_path / "again", BITNET, 0, "recipe", "test", quiet=True)
-    write_model(tmp_path / "other", BITNET, 1, "recipe", "test", quiet=True)
+    make(tmp_path / "again", BITNET, 0)
+    make(tmp_path / "other", BITNET, 1)
     for path in whole.glob("*.safetensors"):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     name = "model.layers.1.mlp.up_proj.weight"

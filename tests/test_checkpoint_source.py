@@ -48,8 +48,9 @@ def test_synthetic_is_made_once(tmp_path: Path) -> None:
 def test_an_interrupted_synthetic_model_is_completed_to_the_same_bytes(tmp_path: Path) -> None:
     folder = source.obtain(plan(tmp_path), MODEL, quiet=True).checkpoint.folder
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    (folder / "config.json").unlink()
-    (folder / "model-00002-of-00003.safetensors").unlink()
+    lost = folder / "model-00002-of-00003.safetensors"
+    lost.write_bytes(lost.read_bytes()[:-1])
+    (folder / "model-00003-of-00003.safetensors").unlink()
     kept = (folder / "model-00001-of-00003.safetensors").stat().st_mtime_ns
     source.obtain(plan(tmp_path), MODEL, quiet=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
@@ -164,6 +165,15 @@ def test_a_broken_download_is_continued_at_the_same_commit(tmp_path: Path, fake_
     fake_hub.commit, fake_hub.broken = "another", False
     base = source.obtain(plan(tmp_path, "hub", hub=REPO), MODEL, quiet=True)
     assert str(base.provenance) == "hub some/model@c0ffee"
+
+
+def test_files_lost_after_the_download_are_fetched_again(tmp_path: Path, fake_hub: FakeHub) -> None:
+    folder = source.obtain(plan(tmp_path, "hub", hub=REPO), MODEL, quiet=True).checkpoint.folder
+    lost = folder / "model-00002-of-00003.safetensors"
+    lost.unlink()
+    again = source.obtain(plan(tmp_path, "hub", hub=REPO), MODEL, quiet=True)
+    assert lost.is_file()
+    assert str(again.provenance) == "hub some/model@c0ffee"
 
 
 def test_another_revision_than_the_one_there_is_an_error(tmp_path: Path, fake_hub: FakeHub) -> None:

@@ -151,9 +151,11 @@ def test_a_finished_checkpoint_is_left_alone_and_a_lost_one_is_made_again(tmp_pa
     run_prepare(run)
     before = contents(tmp_path / "checkpoints")
     shutil.rmtree(run.plan.prepared_folder(MODEL, DType.FP8))
+    (run.plan.prepared_folder(MODEL, DType.INT8) / SHARDS[2]).unlink()
     outcome = run_prepare(run)
-    assert (outcome.ok, outcome.done_before) == (2, 1)
+    assert (outcome.ok, outcome.done_before) == (2, 0)
     assert contents(tmp_path / "checkpoints") == before
+    assert run_prepare(run).done_before == 2
 
 
 def test_rows_tell_bytes_and_the_floor(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def _convert(run: Run, variants: list[_Variant], base: source.Base, outcome: Out
         cell, draft = variant.cell, variant.draft
         key: dict[str, object] = {"model": cell.model, "dtype": cell.dtype.value, "sparsity": str(cell.sparsity)}
         done = records.is_done(run.tree.convert, ConvertRow, key, draft.recipe)
-        if done and (draft.folder / CONFIG).is_file() and not draft.missing():
+        if done and draft.is_complete():
             outcome.ok += 1
             outcome.done_before += 1
         else:
@@ -130,6 +130,7 @@ def _convert(run: Run, variants: list[_Variant], base: source.Base, outcome: Out
     need = _bytes_needed(run, pending)
     folder = pending[0].draft.folder.parent
     disk.require(folder, need, f"converting {pending[0].cell.model} to {len(pending)} checkpoints")
+    run.log.info("%s: %d checkpoints, %.0f MiB to write", pending[0].cell.model, len(pending), need / disk.MIB)
     speed = disk.measure(folder, need)
     started = time.monotonic()
     _make(run, pending, base)
@@ -226,7 +227,6 @@ def _prune_layer(
         try:
             proof.lift(made.codes, cell.sparsity, name, lifted)
         except (VerificationError, CheckpointError) as error:
-            run.log.error("%s: %s", cell, error)
             variant.error = error
             return
         kept = made.codes if lifted is None else lifted

@@ -18,6 +18,8 @@ from slidesparse.files import describe_os_error, existing_parent
 MIB = 2**20
 PROBE_BYTES = 256 * MIB
 _SMALLEST_PROBE = 4 * MIB
+_PROBE = ".disk-probe"
+"""One name, so that a file left behind by a killed run is overwritten by the next."""
 _SPARE = 16 * MIB
 """Left free for records and logs."""
 
@@ -44,7 +46,7 @@ def measure(folder: Path, work_bytes: int) -> DiskSpeed:
         DiskError: disk full or read-only.
     """
     size = max(_SMALLEST_PROBE, min(PROBE_BYTES, work_bytes // 16) // MIB * MIB)
-    path = folder / f".disk-probe-{os.getpid()}"
+    path = folder / _PROBE
     block = np.random.default_rng(0).integers(0, 256, 4 * MIB, dtype=np.uint8)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from slidesparse.checkpoint.checkpoint import CONFIG, shard_name, write_config
+from slidesparse.checkpoint.checkpoint import CONFIG, Checkpoint, shard_name, write_config
 from slidesparse.checkpoint.pipeline import Background
 from slidesparse.checkpoint.shard import INDEX, Shard, finished, write_shard
 from slidesparse.errors import CheckpointError, DiskError
@@ -52,6 +52,16 @@ class Draft:
     def missing(self) -> list[int]:
         """Decoder layers whose shard is still to be made."""
         return [layer for layer in range(self.layer_count) if self.facts(layer) is None]
+
+    def is_complete(self) -> bool:
+        """Is the folder a whole checkpoint of this recipe?"""
+        if self.missing():
+            return False
+        try:
+            Checkpoint.open(self.folder)
+        except CheckpointError:
+            return False
+        return True
 
     def write(
         self, writer: Background, layer: int | None, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]

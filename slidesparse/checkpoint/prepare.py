@@ -80,7 +80,7 @@ def _prepare(run: Run, cells: list[PrepareCell], base: source.Base, outcome: Out
         )
         key: dict[str, object] = {"model": cell.model, "dtype": cell.dtype.value}
         done = records.is_done(run.tree.prepare, PrepareRow, key, draft.recipe)
-        if done and (draft.folder / CONFIG).is_file() and not draft.missing():
+        if done and draft.is_complete():
             outcome.ok += 1
             outcome.done_before += 1
         else:
@@ -92,6 +92,7 @@ def _prepare(run: Run, cells: list[PrepareCell], base: source.Base, outcome: Out
     need = missing * sizes.prepared // base.checkpoint.layer_count
     folder = targets[0].draft.folder.parent
     disk.require(folder, need, f"preparing {len(targets)} checkpoints of {cells[0].model}")
+    run.log.info("%s: %d checkpoints, %.0f MiB to write", cells[0].model, len(targets), need / disk.MIB)
     speed = disk.measure(folder, need + sizes.base)
     started = time.monotonic()
     _make(run, targets, base, model)

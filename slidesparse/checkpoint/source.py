@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slidesparse.checkpoint import disk, hub, synthetic
 from slidesparse.checkpoint.checkpoint import CONFIG, Checkpoint
+from slidesparse.checkpoint.draft import Draft
 from slidesparse.checkpoint.shard import INDEX
 from slidesparse.config import Hub, Model
 from slidesparse.errors import CheckpointError, SourceError
@@ -126,12 +127,13 @@ def _synthesise(folder: Path, entry: Model, model: str, seed: int, quiet: bool) 
         raise _other_origin(folder, before, wanted)
     if before is None:
         _refuse_unknown(folder)
-    if not (folder / CONFIG).is_file():
-        synthetic.model_config(entry.config)
+    config = synthetic.model_config(entry.config)
+    recipe = fingerprint(seed, synthetic.GENERATOR, json.dumps(entry.config, sort_keys=True))
+    draft = Draft(folder, int(config["num_hidden_layers"]), recipe)
+    if not draft.is_complete():
         disk.require(folder, checkpoint_bytes(entry).base - _bytes_in(folder), f"the synthetic {model}")
         write_json(folder / PROVENANCE, wanted.model_dump(mode="json"))
-        recipe = fingerprint(seed, synthetic.GENERATOR, json.dumps(entry.config, sort_keys=True))
-        synthetic.write_model(folder, entry.config, seed, recipe, model, quiet)
+        synthetic.write_model(draft, entry.config, seed, model, quiet)
     return wanted
 
 
@@ -149,7 +151,14 @@ def _download(folder: Path, entry: Model, model: str, quiet: bool) -> Provenance
     else:
         provenance = before
     if provenance.complete:
-        return provenance
+        try:
+            Checkpoint.open(folder)
+            return provenance
+        except CheckpointError as fault:  # files were lost since: fetch those again, if the hub can be reached
+            try:
+                hub.resolve(entry.hub, model)
+            except SourceError:
+                raise fault from None
     need = hub.download_bytes(entry.hub, provenance.commit, model)
     disk.require(folder, need - _bytes_in(folder), f"{model} from the hub")
     write_json(folder / PROVENANCE, provenance.model_dump(mode="json"))

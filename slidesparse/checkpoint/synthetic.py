@@ -14,7 +14,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -41,35 +40,29 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"architectures": [architecture], **config, "dtype": "bfloat16", "use_cache": True}
 
 
-def write_model(folder: Path, config: Mapping[str, Any], seed: int, recipe: str, title: str, quiet: bool) -> None:
+def write_model(draft: Draft, config: Mapping[str, Any], seed: int, title: str, quiet: bool) -> None:
     """Write the model shard by shard, leaving out shards that an interrupted run has finished.
-
-    `recipe` identifies seed and config inside the shards.
 
     Raises:
         DiskError: disk full or read-only.
     """
-    layers = int(config["num_hidden_layers"])
+    layers = draft.layer_count
     groups: list[tuple[int | None, dict[str, Shape]]] = [(None, families.rest_tensors(config))]
     groups += [(layer, families.layer_tensors(config, layer)) for layer in range(layers)]
-    draft = Draft(folder, layers, recipe)
+    todo = {layer: shapes for layer, shapes in groups if draft.facts(layer) is None}
     draft.begin()
 
     def make(layer: int | None, shapes: dict[str, Shape]) -> None:
         draft.write(writer, layer, {name: random_tensor(name, shapes[name], layers, seed) for name in shapes}, {})
         bar.advance(1)
 
-    todo = {layer: shapes for layer, shapes in groups if draft.facts(layer) is None}
-    with (
-        track(f"{title}: synthetic weights", len(todo), quiet) as bar,
-        write_behind() as writer,
-        side_by_side() as workers,
-    ):
+    title = f"{title}: synthetic weights"
+    with track(title, len(todo), quiet) as bar, write_behind() as writer, side_by_side() as workers:
         for layer, shapes in todo.items():
             size = sum(2 * math.prod(shape) for shape in shapes.values())
             workers.put(size, partial(make, layer, shapes))
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
-    write_json(folder / _GENERATION_CONFIG, {"_from_model_config": True, **tokens})
+    write_json(draft.folder / _GENERATION_CONFIG, {"_from_model_config": True, **tokens})
     draft.finish(model_config(config))
 
 
