@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import settings
 # Read once, when Triton is first imported: without a GPU its kernels run in the interpreter.
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A job started in the background has Ctrl-C ignored, and so would have every process that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A first call compiles (numba) or imports (torch): the time of one example says nothing about a fault.
 settings.register_profile("slidesparse", deadline=None, print_blob=True)

@@ -38,19 +38,22 @@ def test_a_path_that_is_no_library_is_named(library: Path, tmp_path: Path) -> No
         gemm_library.GemmLibrary(library, wrong, None)
 
 
+def touch_headers(folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
 def test_missing_headers_are_named(tmp_path: Path) -> None:
-    for name in build.HEADERS[:2]:
-        (tmp_path / name).touch()
+    touch_headers(tmp_path, build.HEADERS[:3])
     with pytest.raises(UnsupportedHere, match=r"no cusparse.h, cusparseLt.h: install"):
         build.include_folders([tmp_path])
 
 
 def test_the_first_folder_with_a_header_wins(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    for folder, names in ((first, build.HEADERS[:3]), (second, build.HEADERS)):
-        folder.mkdir()
-        for name in names:
-            (folder / name).touch()
+    for folder, names in ((first, build.HEADERS[:2]), (second, build.HEADERS)):
+        touch_headers(folder, names)
     assert build.include_folders([first, second]) == [first, second]
     assert build.include_folders([second, first]) == [second]
 

@@ -18,7 +18,8 @@ from slidesparse import files
 from slidesparse.errors import SlideSparseError, UnsupportedHere
 from slidesparse.kernels.gemm_library import LIBRARY
 
-HEADERS = ("cuda_runtime_api.h", "cublasLt.h", "cusparse.h", "cusparseLt.h")
+HEADERS = ("cuda_runtime_api.h", "crt/host_defines.h", "cublasLt.h", "cusparse.h", "cusparseLt.h")
+"""One of each package that is needed: the runtime's own package lacks crt/, which Triton and CUDA's compiler bring."""
 
 
 def include_folders(roots: list[Path]) -> list[Path]:
@@ -37,11 +38,16 @@ def include_folders(roots: list[Path]) -> list[Path]:
 
 
 def header_roots() -> list[Path]:
-    """Where headers may lie: NVIDIA's Python packages, then CUDA_HOME, then the usual place."""
-    spec = importlib.util.find_spec("nvidia")
-    packages = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-    roots = [include for package in packages for include in sorted(package.glob("*/include"))]
-    return [*roots, *(Path(home) / "include" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home)]
+    """Where headers may lie: NVIDIA's Python packages, then CUDA_HOME, then the usual place, then Triton's own copy."""
+    roots = [include for package in _folders("nvidia") for include in sorted(package.glob("*/include"))]
+    homes = [Path(home) / "include" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return [*roots, *homes, *(package / "backends" / "nvidia" / "include" for package in _folders("triton"))]
+
+
+def _folders(package: str) -> list[Path]:
+    """Folders of a package that may not be installed, without importing it."""
+    spec = importlib.util.find_spec(package)
+    return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
 
 
 def build(source: Path, target: Path) -> Path:
