@@ -122,10 +122,10 @@ class _Status:
         entry = self._entry(task, status, seconds, outcome or Outcome(), note)
         nothing_new = outcome is not None and not outcome.failed and outcome.done_before == outcome.ok
         before = self._entries[task.number]
-        if nothing_new and before["seconds"] > 0 and before["status"] in ("succeeded", "running", "skipped"):
-            entry["seconds"] = before["seconds"]  # a run that found all cells done says how long they took, not 0 s
-        elif status == "running":
-            entry["seconds"] = before["seconds"]
+        if status == "running" or (nothing_new and before["status"] in ("succeeded", "running", "skipped")):
+            # A run that finds all cells done leaves standing how long they took and what there was to say.
+            entry["seconds"] = before["seconds"] or entry["seconds"]
+            entry["note"] = entry["note"] or before["note"]
         self._entries[task.number] = entry
         files.write_json(
             self._run.tree.status,

@@ -86,6 +86,7 @@ def test_all_writes_every_record_and_the_report(finished: Path) -> None:
 def test_a_second_run_measures_nothing_again(bench_file: Path, finished: Path) -> None:
     tables = {path: path.read_bytes() for path in tree_of(finished).rglob("*.csv")}
     models = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    notes = [task["note"] for task in files.read_json(tree_of(finished) / "status.json")["tasks"]]
     again = run(bench_file, finished, "all")
     assert again.returncode == 0, again.stderr
     assert {path: path.read_bytes() for path in tree_of(finished).rglob("*.csv")} == tables
@@ -93,6 +94,8 @@ def test_a_second_run_measures_nothing_again(bench_file: Path, finished: Path) -
     tasks = files.read_json(tree_of(finished) / "status.json")["tasks"]
     assert all(task["done_before"] == task["cells"] for task in tasks)
     assert all(task["seconds"] > 0 for task in tasks), "the status keeps how long the work took"
+    assert "written in" in notes[1]
+    assert [task["note"] for task in tasks] == notes
 
 
 def test_report_is_the_same_from_the_same_records(bench_file: Path, finished: Path) -> None:
