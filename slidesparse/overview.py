@@ -17,7 +17,7 @@ from slidesparse.config import Stopping
 from slidesparse.doctor import Finding, disk_need
 from slidesparse.model_size import checkpoint_bytes
 from slidesparse.plan import Cell, ConvertCell, KernelCell, Plan, PrepareCell, Task, ThroughputCell, TuneCell
-from slidesparse.records import ResultTree
+from slidesparse.result_tree import ResultTree
 from slidesparse.runner import result_tree
 
 ASSUMED_DISK_MIB_S = 250

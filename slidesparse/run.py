@@ -9,7 +9,7 @@ from typing import Any
 
 from slidesparse.machine import Machine
 from slidesparse.plan import Plan
-from slidesparse.records import ResultTree
+from slidesparse.result_tree import ResultTree
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from slidesparse import files, machine
 from slidesparse.errors import DiskError, SlideSparseError
 from slidesparse.plan import Plan, Stage, Task
-from slidesparse.records import ResultTree
+from slidesparse.result_tree import ResultTree
 from slidesparse.run import Outcome, Run
 
 STAGE_MODULES: dict[Stage, str] = {

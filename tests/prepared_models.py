@@ -14,7 +14,7 @@ from slidesparse.checkpoint import convert, prepare
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.dtypes import DType
 from slidesparse.plan import Plan
-from slidesparse.records import ConvertRow, PrepareRow
+from slidesparse.rows import ConvertRow, PrepareRow
 from slidesparse.run import Outcome, Run
 
 SHARDS = ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors")

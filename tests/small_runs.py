@@ -11,7 +11,7 @@ from small_models import BITNET
 from slidesparse.config import Bench
 from slidesparse.machine import Machine
 from slidesparse.plan import Plan, Task
-from slidesparse.records import ResultTree
+from slidesparse.result_tree import ResultTree
 from slidesparse.run import Run
 
 QUICK = {"warmup_s": 0, "min_samples": 2, "max_samples": 3, "ci_rel": 0.5, "cap_s": 0.05}

@@ -37,7 +37,7 @@ from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError, DiskError, VerificationError
 from slidesparse.pattern import Sparsity
-from slidesparse.records import ConvertLayerRow
+from slidesparse.rows import ConvertLayerRow
 from slidesparse.run import Run
 
 ALL = {"end_to_end": ["2:4", "2:6", "2:8", "2:10", "2:inf"], "kernel_high": [], "kernel_low": []}

@@ -23,7 +23,8 @@ from slidesparse.errors import RecordError
 from slidesparse.files import PARTIAL
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Variant
-from slidesparse.records import DecodeRow, KernelDenseRow, KernelRow, PrefillRow, ResultTree, TuneRow
+from slidesparse.result_tree import ResultTree
+from slidesparse.rows import DecodeRow, KernelDenseRow, KernelRow, PrefillRow, Row, TuneRow
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "published"
 TAG = "GB10_cc121_py312_cu129_aarch64"
@@ -62,7 +63,7 @@ def kernel(kind: type[KernelRow] = KernelRow, **changes: object) -> KernelRow:
     ],
     ids=["prefill", "decode", "kernel", "kernel_dense"],
 )  # fmt: skip
-def test_leading_columns_are_those_of_the_published_files(tmp_path: Path, row: records.Row, published: str) -> None:
+def test_leading_columns_are_those_of_the_published_files(tmp_path: Path, row: Row, published: str) -> None:
     path = tmp_path / "ours.csv"
     records.append(path, [row], header=["GPU: none"])
     theirs = list(pd.read_csv(next(PUBLISHED.glob(published)), comment="#").columns)

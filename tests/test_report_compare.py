@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from fixtures.result_trees import CPU, GPU, Writer, smoke
 
-from slidesparse.records import ResultTree
 from slidesparse.report import compare, published
 from slidesparse.report.collect import collect, trees_in
+from slidesparse.result_tree import ResultTree
 
 PUBLISHED_TREE = Path(__file__).parent / "fixtures" / "published"
 

@@ -12,9 +12,10 @@ from fixtures.result_trees import CPU, GPU, Writer, hardware, smoke
 from slidesparse import machine, records
 from slidesparse.errors import SlideSparseError
 from slidesparse.files import write_json
-from slidesparse.records import ResultTree, TuneRow
 from slidesparse.report.collect import collect
 from slidesparse.report.render import render_report
+from slidesparse.result_tree import ResultTree
+from slidesparse.rows import TuneRow
 
 PUBLISHED_TREE = Path(__file__).parent / "fixtures" / "published"
 SECTIONS = [

@@ -16,6 +16,7 @@ from slidesparse.errors import RecordError
 from slidesparse.kernels import cpu_dense, cpu_sparse
 from slidesparse.kernels.backend import Algorithm, Weight
 from slidesparse.pattern import Sparsity
+from slidesparse.rows import TuneRow
 from slidesparse.run import Run
 from slidesparse.tuning import search
 from slidesparse.tuning.store import TuningStore, Winner
@@ -162,7 +163,7 @@ def test_winners_are_on_disk_before_the_rows_that_speak_of_them(
     run = small_run(tmp_path, dtypes=["INT8"])
     genuine = records.append
 
-    def append(path: Path, rows: list[records.TuneRow], header: object = ()) -> None:
+    def append(path: Path, rows: list[TuneRow], header: object = ()) -> None:
         stored = json.loads(run.tree.tuning_store.read_text())["winners"]
         assert len(stored) >= sum(row.winner for row in rows) > 0
         genuine(path, rows)

@@ -30,7 +30,7 @@ from slidesparse.errors import CheckpointError, SourceError, VerificationError
 from slidesparse.model_size import checkpoint_bytes
 from slidesparse.plan import ConvertCell, Task, fingerprint
 from slidesparse.progress import track
-from slidesparse.records import ConvertRow
+from slidesparse.rows import ConvertRow, Verified
 from slidesparse.run import Outcome, Run
 
 
@@ -295,7 +295,7 @@ def _record(run: Run, variant: _Variant, seconds: float, speed: disk.DiskSpeed, 
 
 def _record_failures(run: Run, cells: list[ConvertCell], error: Exception, outcome: Outcome, recipe: str = "") -> None:
     options: Convert = run.plan.profile.convert
-    verified: records.Verified = "failed" if isinstance(error, VerificationError) else "not_checked"
+    verified: Verified = "failed" if isinstance(error, VerificationError) else "not_checked"
     for cell in cells:
         run.log.error("%s: %s", cell, error)
     rows = [

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from slidesparse.checkpoint.section import Totals
-from slidesparse.records import ConvertLayerRow
+from slidesparse.rows import ConvertLayerRow
 
 
 class LinearFacts(BaseModel):

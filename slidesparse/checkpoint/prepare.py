@@ -25,7 +25,7 @@ from slidesparse.errors import CheckpointError, SourceError
 from slidesparse.model_size import checkpoint_bytes, parameter_count
 from slidesparse.plan import PrepareCell, Task, fingerprint
 from slidesparse.progress import track
-from slidesparse.records import PrepareRow
+from slidesparse.rows import PrepareRow
 from slidesparse.run import Outcome, Run
 
 

@@ -9,7 +9,7 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.kernels import reference
-from slidesparse.records import Verified
+from slidesparse.rows import Verified
 
 FLOAT32_UNIT = 2.0**-24
 """Largest relative error of one rounding to float32."""

@@ -15,7 +15,7 @@ import pandas as pd
 
 from slidesparse import records
 from slidesparse.errors import SlideSparseError
-from slidesparse.records import Row
+from slidesparse.rows import Row
 
 FLUSH_S = 1.0
 

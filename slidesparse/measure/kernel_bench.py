@@ -21,7 +21,7 @@ from slidesparse.measure.telemetry import Telemetry
 from slidesparse.measure.timer import Clock, Pairs, Samples, WallClock, measure_pairs
 from slidesparse.plan import KernelCell, Task, Variant, fingerprint
 from slidesparse.progress import Bar, track
-from slidesparse.records import BEST, KernelDenseRow, KernelRow
+from slidesparse.rows import BEST, KernelDenseRow, KernelRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.store import kernel_versions
 

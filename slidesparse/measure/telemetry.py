@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import psutil
 
 from slidesparse.machine import Machine
-from slidesparse.records import UNMEASURED
+from slidesparse.rows import UNMEASURED
 
 PERIOD_S = 0.2
 """A measurement that lasts is sampled this often by a thread; a short one at its start and end."""

@@ -23,7 +23,7 @@ from slidesparse.measure.telemetry import PERIOD_S, Telemetry
 from slidesparse.measure.timer import Clock, Samples, WallClock, collect
 from slidesparse.plan import Task, ThroughputCell, Variant, fingerprint
 from slidesparse.progress import Bar, track
-from slidesparse.records import DecodeRow, PrefillRow, ThroughputRow
+from slidesparse.rows import DecodeRow, PrefillRow, ThroughputRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.store import TuningStore
 

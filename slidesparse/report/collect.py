@@ -22,14 +22,15 @@ from slidesparse.errors import SlideSparseError
 from slidesparse.files import read_json
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Phase
-from slidesparse.records import (
+from slidesparse.result_tree import ResultTree
+from slidesparse.rows import (
+    TEXT_COLUMNS,
     ConvertLayerRow,
     ConvertRow,
     DecodeRow,
     KernelRow,
     PrefillRow,
     PrepareRow,
-    ResultTree,
     Row,
     TuneRow,
 )
@@ -251,7 +252,7 @@ def _complete(frame: pd.DataFrame, row: type[Row]) -> pd.DataFrame:
     for name, field in row.model_fields.items():
         if name not in frame.columns:
             known = field.default is not PydanticUndefined
-            frame[name] = field.default if known else ("" if name in records.TEXT_COLUMNS else float("nan"))
+            frame[name] = field.default if known else ("" if name in TEXT_COLUMNS else float("nan"))
     if "emulation" in frame.columns:
         # A row that failed before it ran does not say so itself.
         frame["emulation"] = frame["emulation"].astype(bool) | frame["backend"].str.startswith(EMULATION)

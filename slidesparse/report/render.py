@@ -8,7 +8,6 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from slidesparse.files import write_text
-from slidesparse.records import ResultTree
 from slidesparse.report import (
     comparison,
     conclusions,
@@ -23,6 +22,7 @@ from slidesparse.report import (
 from slidesparse.report import view as views
 from slidesparse.report.collect import collect, trees_in
 from slidesparse.report.view import View
+from slidesparse.result_tree import ResultTree
 
 
 def render_report(tree: ResultTree, others: Sequence[Path] = ()) -> Path:

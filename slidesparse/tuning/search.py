@@ -13,7 +13,7 @@ from slidesparse.measure.telemetry import Telemetry
 from slidesparse.measure.timer import WallClock, measure
 from slidesparse.plan import Task, TuneCell, fingerprint
 from slidesparse.progress import track
-from slidesparse.records import TuneRow
+from slidesparse.rows import TuneRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.candidates import Candidate, Workbench
 from slidesparse.tuning.store import Key, TuningStore, Winner

@@ -1,0 +1,71 @@
+"""`reports/{tag}/`: where each table lies, as in the published result trees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slidesparse.dtypes import DType
+from slidesparse.plan import Phase, Variant
+
+
+@dataclass(frozen=True)
+class ResultTree:
+    """`reports/{tag}/`: where each table lies. `tag` is without a data type."""
+
+    root: Path
+    tag: str
+
+    def tag_with(self, dtype: DType) -> str:
+        """`GB10_cc121_py312_...` -> `GB10_cc121_INT8_py312_...`."""
+        head, _, tail = self.tag.partition("_py")
+        return f"{head}_{dtype.value}_py{tail}"
+
+    @property
+    def prepare(self) -> Path:
+        return self.root / "preparation" / "models.csv"
+
+    @property
+    def convert(self) -> Path:
+        return self.root / "conversion" / "models.csv"
+
+    def convert_layers(self, model: str) -> Path:
+        """`model` is the converted checkpoint's name."""
+        return self.root / "conversion" / "layers" / f"{model}.csv"
+
+    def tune(self, model: str, dtype: DType) -> Path:
+        return self.root / "tuning" / f"candidates_{model}-{dtype.suffix}.csv"
+
+    @property
+    def tuning_store(self) -> Path:
+        return self.root / "tuning" / "winners.json"
+
+    def throughput(self, phase: Phase, model: str, dtype: DType, variant: Variant) -> Path:
+        folder = self.root / "throughput_benchmark_results" / phase / self.tag_with(dtype) / variant.folder
+        return folder / f"{model}-{dtype.suffix}_{phase}.csv"
+
+    def kernel(self, model: str, dtype: DType, variant: Variant) -> Path:
+        name = {"cublaslt": "cuBLASLt", "cusparselt": "cuSPARSELt"}.get(variant.backend, variant.backend)
+        folder = self.root / "benchmark_kernel" / name / "alg_search_results" / self.tag / dtype.value
+        slug = "" if variant.sparsity is None else f"_{variant.sparsity.slug}"
+        return folder / f"alg_search_{model}-{dtype.suffix}{slug}.csv"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.md"
