@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.integrations.bitnet import WeightQuant
 
@@ -66,6 +66,7 @@ def test_absmax_int8_is_the_definition(weight: torch.Tensor) -> None:
 
 
 @given(weights)
+@example(torch.tensor([[4.4373e-31, 8.2045e-32, 1.0292e-30]]).bfloat16())  # errors near float32's rounding
 @settings(max_examples=100)
 def test_absmax_fp8_is_torchs_cast(weight: torch.Tensor) -> None:
     made = absmax_per_channel(bits(weight), DType.FP8, "layer")

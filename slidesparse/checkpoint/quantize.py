@@ -127,11 +127,12 @@ def _magnitude_sum(values):  # type: ignore[no-untyped-def] # pragma: no cover
 
 
 @numba.njit(fastmath={"reassoc"})
-def _square_sums(values, rebuilt):  # type: ignore[no-untyped-def] # pragma: no cover
+def _square_sums(values, decoded, step):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Squared error of decoded * step, and squared values. In float64 the product is exact."""
     error, energy = 0.0, 0.0
     for c in range(values.size):
         value = np.float64(values[c])
-        off = value - np.float64(rebuilt[c])
+        off = value - np.float64(decoded[c]) * np.float64(step)
         error += off * off
         energy += value * value
     return error, energy
@@ -162,13 +163,13 @@ def _ternary(bits, mean, inverse, codes, sums):  # type: ignore[no-untyped-def] 
     """round() of at most half is 0, half to even; everything above is clamped to 1."""
     for row in range(bits.shape[0]):
         values, target = _values(bits[row]), codes[row]
-        rebuilt = np.empty(values.size, dtype=np.float32)
+        decoded = np.empty(values.size, dtype=np.float32)
         for c in range(values.size):
             scaled = values[c] * inverse
             code = np.int8(scaled > np.float32(0.5)) - np.int8(scaled < np.float32(-0.5))
             target[c] = code
-            rebuilt[c] = np.float32(code) * mean
-        sums[row, 0], sums[row, 1] = _square_sums(values, rebuilt)
+            decoded[c] = np.float32(code)
+        sums[row, 0], sums[row, 1] = _square_sums(values, decoded, mean)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -193,12 +194,12 @@ def _largest(bits, out):  # type: ignore[no-untyped-def] # pragma: no cover
 def _absmax_int8(bits, scale, codes, sums):  # type: ignore[no-untyped-def] # pragma: no cover
     for row in range(bits.shape[0]):
         values, target, step = _values(bits[row]), codes[row], scale[row]
-        rebuilt = np.empty(values.size, dtype=np.float32)
+        decoded = np.empty(values.size, dtype=np.float32)
         for c in range(values.size):
             code = np.int8(min(max(np.rint(values[c] / step), np.float32(-127)), np.float32(127)))
             target[c] = code
-            rebuilt[c] = np.float32(code) * step
-        sums[row, 0], sums[row, 1] = _square_sums(values, rebuilt)
+            decoded[c] = np.float32(code)
+        sums[row, 0], sums[row, 1] = _square_sums(values, decoded, step)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -210,10 +211,10 @@ def _absmax_e4m3(bits, scale, table, codes, sums):  # type: ignore[no-untyped-de
         for c in range(values.size):
             scaled[c] = min(max(values[c] / step, np.float32(-448)), np.float32(448))
         pattern = scaled.view(np.uint32)
-        rebuilt = np.empty(values.size, dtype=np.float32)
+        decoded = np.empty(values.size, dtype=np.float32)
         for c in range(values.size):
             byte = encode_bits(pattern[c])
             byte = np.uint8(0) if byte == np.uint8(0x80) else byte
             target[c] = np.int8(byte)
-            rebuilt[c] = table[byte] * step
-        sums[row, 0], sums[row, 1] = _square_sums(values, rebuilt)
+            decoded[c] = table[byte]
+        sums[row, 0], sums[row, 1] = _square_sums(values, decoded, step)
