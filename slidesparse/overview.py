@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -28,10 +27,15 @@ MARKS = {"succeeded": "green", "failed": "red", "interrupted": "red", "skipped":
 def plan_overview(plan: Plan) -> dict[str, Any]:
     """Every task with its cells, which of them are recorded, and the time and disk expected."""
     tree = result_tree(plan)
-    rows = lru_cache(maxsize=None)(_latest_rows)
+    table = lru_cache(maxsize=None)(records.read)
+
+    def recorded(cell: Cell) -> bool:
+        path, key = _place(tree, cell)
+        return records.done_in(table(path), key, None)
+
     tasks = []
     for task in plan.tasks:
-        cells = [{"cell": str(cell), "recorded": _recorded(rows, tree, cell)} for cell in task.cells]
+        cells = [{"cell": str(cell), "recorded": recorded(cell)} for cell in task.cells]
         left = sum(not cell["recorded"] for cell in cells)
         tasks.append(
             {
@@ -129,20 +133,6 @@ def print_findings(findings: Iterable[Finding]) -> None:
 
 
 # -- what is recorded ---------------------------------------------------------------------------------
-
-
-def _latest_rows(path: Path) -> pd.DataFrame:
-    return records.read(path)
-
-
-def _recorded(rows: Any, tree: ResultTree, cell: Cell) -> bool:
-    path, key = _place(tree, cell)
-    frame = rows(path)
-    if frame.empty or not set(key) <= set(frame.columns):
-        return False
-    for name, value in key.items():
-        frame = frame[frame[name] == value]
-    return not frame.empty and frame.iloc[-1]["status"] in ("ok", "skipped")
 
 
 def _place(tree: ResultTree, cell: Cell) -> tuple[Path, dict[str, object]]:

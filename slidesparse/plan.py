@@ -17,7 +17,6 @@ from slidesparse.pattern import Sparsity
 
 Stage = Literal["prepare", "convert", "tune", "prefill", "decode", "kernel"]
 Phase = Literal["prefill", "decode"]
-STAGES: tuple[Stage, ...] = ("prepare", "convert", "tune", "prefill", "decode", "kernel")
 
 
 @dataclass(frozen=True)

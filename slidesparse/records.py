@@ -93,8 +93,8 @@ def is_done(path: Path, row_type: type[Row], key: dict[str, object], fingerprint
     return done_in(read(path), key, fingerprint)
 
 
-def done_in(frame: pd.DataFrame, key: dict[str, object], fingerprint: str) -> bool:
-    """As `is_done`, for a table that was read before."""
+def done_in(frame: pd.DataFrame, key: dict[str, object], fingerprint: str | None) -> bool:
+    """As `is_done`, for a table that was read before; with `fingerprint` None under whatever conditions."""
     if frame.empty or not {*key, "fingerprint", "status"} <= set(frame.columns):
         return False
     match = frame
@@ -103,7 +103,7 @@ def done_in(frame: pd.DataFrame, key: dict[str, object], fingerprint: str) -> bo
     if match.empty:
         return False
     last = match.iloc[-1]
-    return bool(last["fingerprint"] == fingerprint and last["status"] in ("ok", "skipped"))
+    return bool(fingerprint in (None, last["fingerprint"]) and last["status"] in ("ok", "skipped"))
 
 
 def _parse(path: Path) -> tuple[list[str], list[str], list[list[str]]]:

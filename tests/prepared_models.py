@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from small_models import BITNET
 from small_runs import MODEL, small_run, task
@@ -65,3 +69,16 @@ def dequantised(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     for name in checkpoint.linears():
         state[f"{name}.weight"] *= checkpoint.load(f"{name}.weight_scale")
     return state
+
+
+@contextmanager
+def mounted_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A real file system of that size (`24m`) at a new folder; the test is skipped where mounting is not permitted."""
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -22,6 +22,7 @@ from prepared_models import (
     convert_rows,
     dequantised,
     model_run,
+    mounted_disk,
     prepared,
     run_convert,
     run_prepare,
@@ -310,15 +311,8 @@ def test_a_truncated_prepared_shard_is_refused_and_the_other_type_goes_on(tmp_pa
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    try:
+    with mounted_disk(tmp_path / "disk", "1500k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_the_next_run_resumes(

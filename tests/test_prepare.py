@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
-from prepared_models import SHARDS, contents, dequantised, model_run, prepare_rows, prepared, run_prepare
+from prepared_models import SHARDS, contents, dequantised, model_run, mounted_disk, prepare_rows, prepared, run_prepare
 from safetensors.torch import load_file, save_file
 from small_models import BITNET, LLAMA, QWEN2, float_model
 from small_runs import MODEL
@@ -234,16 +234,8 @@ def test_a_quantised_model_is_no_base(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 24 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    try:
+    with mounted_disk(tmp_path / "disk", "24m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_starting(small_disk: Path, tmp_path: Path) -> None:

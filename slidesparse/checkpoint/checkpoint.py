@@ -97,10 +97,6 @@ class Checkpoint:
         """Tensors outside the decoder layers: embeddings, final norm, lm_head."""
         return [name for name in self.names() if families.layer_of(name) is None]
 
-    @cached_property
-    def bytes_on_disk(self) -> int:
-        return sum(shard.path.stat().st_size for shard in self.shards.values())
-
     def fingerprint(self) -> str:
         """12 hex digits of the content: the same for a copy, another one after any change of ours.
 
