@@ -19,13 +19,13 @@ RUN := $(ENVIRONMENT)/bin/python -m slidesparse --config "$(CONFIG)" --profile "
        $(if $(SOURCE),--source "$(SOURCE)") $(FLAGS)
 SETUP := VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" requirements/setup.sh
 
-COMMANDS := all prepare convert tune prefill decode kernel report plan status doctor
+COMMANDS := all prepare convert tune prefill decode kernel linear calibrate report plan status doctor
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: $(COMMANDS) env env-dev test lint format lock clean help
 
 ##@ The whole run
-all:      ## all eight tasks, then the report; run again to resume
+all:      ## all tasks, then the report; run again to resume
 plan:     ## dry run: every cell, what is done, time and disk expected (ARGS=--cells lists them)
 doctor:   ## what this machine can and cannot run, and why
 status:   ## what became of each task
@@ -37,6 +37,8 @@ tune:     ## task 3: measure every candidate algorithm, store the winners
 prefill:  ## task 4: prefill throughput
 decode:   ## task 5: decode throughput
 kernel:   ## tasks 6 to 8: GEMM latency, dense and sparse
+linear:   ## task 9: whole linear layers, against dense and the reference pipeline
+calibrate: ## task 10: what this GPU can do: copy bandwidth, tensor-core rates
 report:   ## render reports/<tag>/report.md again, from records alone
 
 $(COMMANDS): env

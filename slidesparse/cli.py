@@ -92,6 +92,8 @@ for _stage, _description in {
     "prefill": "Task 4: prefill throughput.",
     "decode": "Task 5: decode throughput.",
     "kernel": "Tasks 6 to 8: GEMM latency, dense and sparse, each point checked.",
+    "linear": "Task 9: whole linear layers against the best dense one and the reference pipeline.",
+    "calibrate": "Task 10: what this GPU can really do: copy bandwidth, tensor-core rates.",
 }.items():
     _stage_command(_stage, _description)
 
@@ -99,7 +101,7 @@ for _stage, _description in {
 @main.command("all")
 @click.pass_obj
 def all_(options: Options) -> None:
-    """All eight tasks, then the report."""
+    """All tasks, then the report."""
     _run(options, lambda plan: plan.tasks, with_report=True)
 
 

@@ -19,6 +19,19 @@ Pattern = Annotated[
     PlainSerializer(str, return_type=str),
 ]
 Positive = Annotated[int, Field(gt=0)]
+
+
+def _one_of(*allowed: DType) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            raise ValueError(f"Input should be {' or '.join(repr(dtype.value) for dtype in allowed)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+QuantisedDType = Annotated[DType, _one_of(DType.INT8, DType.FP8)]
+FloatDType = Annotated[DType, _one_of(DType.BF16, DType.FP16)]
 Source = Literal["hub", "local", "synthetic"]
 Backend = Literal["cpu_dense", "cpu_sparse", "vllm", "cublaslt", "cusparselt", "fused"]
 EngineName = Literal["transformers", "vllm"]
@@ -134,8 +147,27 @@ class Decode(_Section):
 
 
 class Kernel(_Section):
+    """GEMM points: the models' own shapes in the profile's types, then the optional wider ones."""
+
+    m: tuple[Positive, ...]
+    float_dtypes: tuple[FloatDType, ...] = ()
+    """16-bit types, measured at the same shapes on random data."""
+    square: tuple[Positive, ...] = ()
+    """Sizes M = N = K, in all types."""
+    stopping: Stopping
+
+
+class Linear(_Section):
+    """Whole linear layers: all merged linears of a block, one after the other, M tokens each."""
+
     m: tuple[Positive, ...]
     stopping: Stopping
+
+
+class Calibrate(_Section):
+    """How long each rate is measured for."""
+
+    seconds: Annotated[float, Field(gt=0)] = 0.3
 
 
 class SparsityLists(_Section):
@@ -166,7 +198,7 @@ class Profile(_Section):
     models: Annotated[tuple[str, ...], Field(min_length=1)]
     source: Source
     seed: int = 0
-    dtypes: Annotated[tuple[DType, ...], Field(min_length=1)]
+    dtypes: Annotated[tuple[QuantisedDType, ...], Field(min_length=1)]
     sparsity: SparsityLists
     backends: Backends
     engine: EngineName
@@ -175,6 +207,13 @@ class Profile(_Section):
     prefill: Prefill
     decode: Decode
     kernel: Kernel
+    linear: Linear | None = None
+    calibrate: Calibrate = Calibrate()
+
+    @property
+    def on_gpu(self) -> bool:
+        """True when any of its backends runs on a GPU."""
+        return any(not name.startswith("cpu_") for name in (*self.backends.dense, *self.backends.sparse))
 
 
 class Bench(_Section):

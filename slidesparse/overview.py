@@ -12,10 +12,20 @@ from rich.console import Console
 from rich.table import Table
 
 from slidesparse import files, records
-from slidesparse.config import Stopping
 from slidesparse.doctor import Finding, disk_need
 from slidesparse.model_size import checkpoint_bytes
-from slidesparse.plan import Cell, ConvertCell, KernelCell, Plan, PrepareCell, Task, ThroughputCell, TuneCell
+from slidesparse.plan import (
+    CalibrateCell,
+    Cell,
+    ConvertCell,
+    KernelCell,
+    LinearCell,
+    Plan,
+    PrepareCell,
+    Task,
+    ThroughputCell,
+    TuneCell,
+)
 from slidesparse.result_tree import ResultTree
 from slidesparse.runner import result_tree
 
@@ -160,6 +170,20 @@ def _place(tree: ResultTree, cell: Cell) -> tuple[Path, dict[str, object]]:
             sparsity = cell.variant.sparsity
             k = cell.k if sparsity is None else sparsity.lifted_k(cell.k)
             return tree.kernel(cell.model, cell.dtype, cell.variant), {"M": cell.m, "N": cell.n, "K": k}
+        case LinearCell():
+            pattern = str(cell.variant.sparsity or "")
+            return tree.linear(cell.model, cell.dtype), {
+                "backend": cell.variant.backend,
+                "sparsity": pattern,
+                "M": cell.m,
+            }
+        case CalibrateCell():
+            return tree.calibration, {
+                "quantity": cell.quantity,
+                "dtype": cell.dtype.value if cell.dtype else "",
+                "sparse": cell.sparse,
+                "loads": cell.loads,
+            }
 
 
 # -- time expected ------------------------------------------------------------------------------------
@@ -170,12 +194,18 @@ def _at_most(plan: Plan, task: Task) -> float:
     profile = plan.profile
     if task.stage in ("prepare", "convert"):
         return sum(_bytes_moved(plan, cell) for cell in task.cells) / (ASSUMED_DISK_MIB_S * 2**20)
-    stopping: Stopping = {
-        "tune": profile.tune.stopping,
-        "prefill": profile.prefill.stopping,
-        "decode": profile.decode.stopping,
-        "kernel": profile.kernel.stopping,
-    }[task.stage]
+    if task.stage == "calibrate":
+        return len(task.cells) * profile.calibrate.seconds
+    stages = {
+        "tune": profile.tune,
+        "prefill": profile.prefill,
+        "decode": profile.decode,
+        "kernel": profile.kernel,
+        "linear": profile.linear,
+    }
+    part = stages[task.stage]
+    assert part is not None  # a stage that the profile leaves out has no task
+    stopping = part.stopping
     return len(task.cells) * (stopping.warmup_s + stopping.cap_s)
 
 

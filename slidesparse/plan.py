@@ -11,12 +11,14 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from slidesparse.config import Bench, Model, Profile
+from slidesparse.config import Bench, Linear, Model, Profile
 from slidesparse.dtypes import DType
 from slidesparse.pattern import Sparsity
 
-Stage = Literal["prepare", "convert", "tune", "prefill", "decode", "kernel"]
+Stage = Literal["prepare", "convert", "tune", "prefill", "decode", "kernel", "linear", "calibrate"]
 Phase = Literal["prefill", "decode"]
+SQUARE = "SQUARE"
+"""Stands for a model's name where M = N = K, as in published files."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,42 @@ class KernelCell:
         return f"{self.model}-{self.dtype.suffix} {self.variant} {self.layer} M={self.m} N={self.n} K={self.k}"
 
 
-Cell = PrepareCell | ConvertCell | TuneCell | ThroughputCell | KernelCell
+@dataclass(frozen=True)
+class LinearCell:
+    """All merged linears of one decoder block, one after the other, of M tokens each."""
+
+    model: str
+    dtype: DType
+    variant: Variant
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.dtype.suffix} {self.variant} linears M={self.m}"
+
+
+@dataclass(frozen=True)
+class CalibrateCell:
+    """One rate of the machine itself."""
+
+    quantity: Literal["copy", "tensor cores"]
+    dtype: DType | None = None
+    """Of the tensor cores' operands."""
+    sparse: bool = False
+    loads: bool = False
+    """Tensor cores: while memory traffic goes on beside them."""
+
+    def __str__(self) -> str:
+        if self.dtype is None:
+            return self.quantity
+        return f"{self.quantity} {self.dtype.value} {'2:4' if self.sparse else 'dense'}{' with loads' * self.loads}"
+
+
+Cell = PrepareCell | ConvertCell | TuneCell | ThroughputCell | KernelCell | LinearCell | CalibrateCell
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of the eight tasks of the reference run."""
+    """Numbers 1 to 8: the tasks of the reference run. From 9 on: ours."""
 
     number: int
     name: str
@@ -156,7 +188,14 @@ class Plan:
             Task(6, "kernel_dense", "kernel, dense", "kernel", tuple(_kernel(p, self.bench.models, None))),
             Task(7, "kernel_high", "kernel, sparse high", "kernel", tuple(_kernel(p, self.bench.models, high))),
             Task(8, "kernel_low", "kernel, sparse low", "kernel", tuple(_kernel(p, self.bench.models, low))),
+            *self._own_tasks(),
         )
+
+    def _own_tasks(self) -> Iterator[Task]:
+        if self.profile.linear is not None:
+            yield Task(9, "linear", "whole linear layers", "linear", tuple(_linear(self.profile, self.profile.linear)))
+        if self.profile.on_gpu:
+            yield Task(10, "calibrate", "what this machine can do", "calibrate", tuple(_calibrate()))
 
     def stage_tasks(self, stage: Stage) -> tuple[Task, ...]:
         return tuple(task for task in self.tasks if task.stage == stage)
@@ -258,6 +297,21 @@ def _decode(p: Profile) -> Iterator[ThroughputCell]:
 
 def _kernel(p: Profile, models: dict[str, Model], patterns: tuple[Sparsity, ...] | None) -> Iterator[KernelCell]:
     variants = [Variant(backend) for backend in p.backends.dense] if patterns is None else _variants(p, patterns)
-    for model, dtype, variant in product(p.models, p.dtypes, variants):
+    dtypes = (*p.dtypes, *p.kernel.float_dtypes)
+    for model, dtype, variant in product(p.models, dtypes, variants):
         for m, (layer, (n, k)) in product(p.kernel.m, models[model].linear_shapes().items()):
             yield KernelCell(model, dtype, variant, layer, m, n, k)
+    for dtype, variant, size in product(dtypes, variants, p.kernel.square):
+        yield KernelCell(SQUARE, dtype, variant, "square", size, size, size)
+
+
+def _linear(p: Profile, linear: Linear) -> Iterator[LinearCell]:
+    patterns = dict.fromkeys((*p.sparsity.end_to_end, *p.sparsity.kernel_high, *p.sparsity.kernel_low))
+    for model, dtype, variant, m in product(p.models, p.dtypes, _variants(p, tuple(patterns)), linear.m):
+        yield LinearCell(model, dtype, variant, m)
+
+
+def _calibrate() -> Iterator[CalibrateCell]:
+    yield CalibrateCell("copy")
+    for dtype, sparse, loads in product(DType, (False, True), (False, True)):
+        yield CalibrateCell("tensor cores", dtype, sparse, loads)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slidesparse.dtypes import DType
-from slidesparse.plan import Phase, Variant
+from slidesparse.plan import SQUARE, Phase, Variant
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,15 @@ class ResultTree:
         name = {"cublaslt": "cuBLASLt", "cusparselt": "cuSPARSELt"}.get(variant.backend, variant.backend)
         folder = self.root / "benchmark_kernel" / name / "alg_search_results" / self.tag / dtype.value
         slug = "" if variant.sparsity is None else f"_{variant.sparsity.slug}"
-        return folder / f"alg_search_{model}-{dtype.suffix}{slug}.csv"
+        named = model if model == SQUARE else f"{model}-{dtype.suffix}"
+        return folder / f"alg_search_{named}{slug}.csv"
+
+    def linear(self, model: str, dtype: DType) -> Path:
+        return self.root / "benchmark_linear" / f"linear_{model}-{dtype.suffix}.csv"
+
+    @property
+    def calibration(self) -> Path:
+        return self.root / "calibration" / "rates.csv"
 
     @property
     def status(self) -> Path:

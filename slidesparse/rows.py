@@ -165,6 +165,8 @@ class TuneRow(TimedRow):
     alg_id: int
     config: str = ""
     lat_us: float = UNMEASURED
+    candidates: int = -1
+    """Candidates of the cell. Where there are many, only those that led a first, short look have a row."""
     winner: bool = False
 
 
@@ -284,8 +286,63 @@ class KernelDenseRow(KernelRow):
         return [name for name in super().columns() if not name.startswith("split_k")]
 
 
+class LinearRow(TimedRow):
+    """All merged linears of a block, from bfloat16 x to bfloat16 y, one after the other. Statistics are of `lat_us`.
+
+    Three samples side by side: our pipeline, the best dense linear, and the pipeline of the reference
+    implementation (its structure, our code): quantise + lift in two passes, bf16 out of the GEMM, dequantise + bias.
+    """
+
+    KEY = ("backend", "sparsity", "M")
+
+    backend: str
+    sparsity: str
+    M: int
+    layers: str = ""
+    """Their names and shapes N x K."""
+    data: str = ""
+    lat_us: float = UNMEASURED
+    quantise_us: float = UNMEASURED
+    """Quantise + lift alone, all layers (as tuned; not interleaved)."""
+    gemm_us: float = UNMEASURED
+    dequantise_us: float = UNMEASURED
+    dense_us: float = UNMEASURED
+    dense_path: str = ""
+    speedup: float = UNMEASURED
+    """Median of the paired ratios dense / sparse, with its 95 % interval."""
+    speedup_low: float = UNMEASURED
+    speedup_high: float = UNMEASURED
+    speedup_bound: float = UNMEASURED
+    reference_us: float = UNMEASURED
+    reference_path: str = ""
+    over_reference: float = UNMEASURED
+    """Median of the paired ratios reference pipeline / ours, with its 95 % interval."""
+    over_reference_low: float = UNMEASURED
+    over_reference_high: float = UNMEASURED
+
+
+class CalibrationRow(TimedRow):
+    """One rate that this machine reaches. Statistics are of `rate`."""
+
+    KEY = ("quantity", "dtype", "sparse", "loads")
+
+    quantity: str
+    """`copy` or `tensor cores`."""
+    dtype: str = ""
+    sparse: bool = False
+    loads: bool = False
+    """Measured while a stream of loads into shared memory went on."""
+    rate: float = UNMEASURED
+    """copy: GB/s, bytes read plus bytes written. Tensor cores: TOPS, 2*M*N*K with K as if the operand were dense."""
+    unit: str = ""
+    load_rate: float = UNMEASURED
+    """GB/s of those loads, all multiprocessors together."""
+    instruction: str = ""
+    """What was issued, e.g. `wgmma.mma_async.sp m64n256k64, A and B in shared memory`."""
+
+
 _ROW_TYPES: tuple[type[Row], ...] = (
-    PrepareRow, ConvertRow, ConvertLayerRow, TuneRow, PrefillRow, DecodeRow, KernelRow,
+    PrepareRow, ConvertRow, ConvertLayerRow, TuneRow, PrefillRow, DecodeRow, KernelRow, LinearRow, CalibrationRow,
 )  # fmt: skip
 FLAG_COLUMNS = frozenset(
     name for row in _ROW_TYPES for name, field in row.model_fields.items() if field.annotation is bool

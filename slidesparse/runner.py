@@ -27,6 +27,8 @@ STAGE_MODULES: dict[Stage, str] = {
     "prefill": "slidesparse.measure.throughput",
     "decode": "slidesparse.measure.throughput",
     "kernel": "slidesparse.measure.kernel_bench",
+    "linear": "slidesparse.measure.linear_bench",
+    "calibrate": "slidesparse.measure.calibrate",
 }
 EXIT_INTERRUPTED = 130
 RunTask = Callable[[Run, Task], Outcome]
