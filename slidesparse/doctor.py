@@ -11,7 +11,7 @@ from slidesparse.config import Backend
 from slidesparse.dtypes import DType
 from slidesparse.machine import Machine
 from slidesparse.model_size import BF16, checkpoint_bytes, kv_cache_bytes, parameter_count
-from slidesparse.plan import KernelCell, Plan, Task, ThroughputCell, TuneCell
+from slidesparse.plan import CalibrateCell, Cell, KernelCell, LinearCell, Plan, Task, ThroughputCell, TuneCell
 from slidesparse.surroundings import Surroundings, look
 
 PYTHONS = ("3.11", "3.12")
@@ -38,7 +38,7 @@ class Finding:
 
 
 def diagnose(plan: Plan, machine: Machine, seen: Surroundings | None = None) -> list[Finding]:
-    """Findings on the machine, then one for each of the eight tasks. `seen` None: look around first.
+    """Findings on the machine, then one for each task of the plan. `seen` None: look around first.
 
     Raises:
         CheckpointError: a model of the profile has a config whose size cannot be computed.
@@ -53,7 +53,7 @@ def diagnose(plan: Plan, machine: Machine, seen: Surroundings | None = None) -> 
         *_disk(plan, seen),
         *_source(plan, seen),
     ]
-    return [*host, *(_task(plan, task, seen, host) for task in plan.tasks)]
+    return [*host, *(_task(plan, task, machine, seen, host) for task in plan.tasks)]
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
@@ -193,7 +193,8 @@ def _present(name: str, found: str, wanted: bool, advice: str) -> Finding:
 def _backends(plan: Plan, seen: Surroundings) -> Iterator[Finding]:
     profile = plan.profile
     for name in dict.fromkeys((*profile.backends.dense, *profile.backends.sparse)):
-        problems = {dtype: seen.backend_problems[name, dtype] for dtype in profile.dtypes}
+        dtypes = (*profile.dtypes, *profile.kernel.float_dtypes)
+        problems = {dtype: seen.backend_problems[name, dtype] for dtype in dtypes}
         yield _combined(f"backend {name}", {dtype.value: problem for dtype, problem in problems.items()})
     yield _combined(f"engine {profile.engine}", {"all": seen.engine_problem})
 
@@ -260,9 +261,13 @@ def _source(plan: Plan, seen: Surroundings) -> Iterator[Finding]:
 # -- the tasks ----------------------------------------------------------------------------------------
 
 
-def _task(plan: Plan, task: Task, seen: Surroundings, host: list[Finding]) -> Finding:
+def _task(plan: Plan, task: Task, machine: Machine, seen: Surroundings, host: list[Finding]) -> Finding:
     """Can this task run? Names what stands in its way."""
-    needs = {"prepare": ("disk", "data folder", "models"), "convert": ("disk", "data folder", "models")}
+    needs = {
+        "prepare": ("disk", "data folder", "models"),
+        "convert": ("disk", "data folder", "models"),
+        "calibrate": ("GPU", "torch", "compute capability", "data folder"),
+    }
     blocking = needs.get(task.stage, ("data folder",))
     if task.stage in ("prefill", "decode"):
         blocking = (*blocking, f"engine {plan.profile.engine}", "memory")
@@ -270,17 +275,28 @@ def _task(plan: Plan, task: Task, seen: Surroundings, host: list[Finding]) -> Fi
     for finding in host:
         if finding.name in blocking and finding.status == "missing":
             return Finding(name, "missing", f"cannot run: {finding.detail}")
-    reasons = [
-        seen.backend_problems[cell.variant.backend, cell.dtype]
-        for cell in task.cells
-        if isinstance(cell, TuneCell | ThroughputCell | KernelCell)
-    ]
+    reasons = [_in_the_way(plan, cell, machine, seen) for cell in task.cells]
     blocked = [reason for reason in reasons if reason]
     if blocked and len(blocked) == len(reasons):
         return Finding(name, "missing", f"cannot run: {blocked[0]}")
     if blocked:
         return Finding(name, "warning", f"{len(blocked)} of {len(reasons)} cells will be skipped: {blocked[0]}")
     return Finding(name, "ok", f"{len(task.cells)} cells can run")
+
+
+def _in_the_way(plan: Plan, cell: Cell, machine: Machine, seen: Surroundings) -> str:
+    """Why a cell cannot run although its stage can; empty if nothing is in the way."""
+    match cell:
+        case TuneCell() | ThroughputCell() | KernelCell():
+            return seen.backend_problems[cell.variant.backend, cell.dtype]
+        case LinearCell():
+            # A row is a comparison: without its dense side there is none.
+            sides = (cell.variant.backend, plan.profile.backends.dense[0])
+            return next((problem for side in sides if (problem := seen.backend_problems[side, cell.dtype])), "")
+        case CalibrateCell(dtype=DType.FP8) if not machine.supports_fp8():
+            return "FP8E4M3 needs compute capability 8.9 (Ada)"
+        case _:
+            return ""
 
 
 def _wants_gpu(plan: Plan) -> bool:

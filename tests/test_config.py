@@ -12,7 +12,7 @@ from slidesparse.config import load_bench
 from slidesparse.dtypes import DType
 from slidesparse.errors import ConfigError
 from slidesparse.pattern import Sparsity
-from slidesparse.plan import Plan
+from slidesparse.plan import SQUARE, KernelCell, Plan
 
 ROOT = Path(__file__).parent.parent
 BENCH = (ROOT / "bench.yaml").read_text(encoding="utf-8")
@@ -116,8 +116,8 @@ def test_every_fault_gets_its_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_bench(path)
     lines = str(caught.value).splitlines()
-    # 2:13 stands in two profiles, and in `paper` which takes it over from `bitnet-2b`
-    assert len([line for line in lines if "kernel_low.0" in line]) == 3
+    # 2:13 stands in two profiles, and in `kernels` and `paper`, which take it over from `bitnet-2b`
+    assert len([line for line in lines if "kernel_low.0" in line]) == 4
     assert len([line for line in lines if "profiles.smoke.decode.output_len" in line]) == 1
     assert all(re.match(rf"{re.escape(str(path))}:\d+: \S+: ", line) for line in lines)
 
@@ -164,7 +164,7 @@ def test_odd_yaml_is_one_line(tmp_path: Path, text: str) -> None:
 
 def test_unknown_profile_lists_those_that_exist() -> None:
     bench = load_bench(ROOT / "bench.yaml")
-    with pytest.raises(ConfigError, match=r"unknown profile 'fast'; bench.yaml has: smoke, bitnet-2b, paper"):
+    with pytest.raises(ConfigError, match=r"unknown profile 'fast'; bench.yaml has: smoke, bitnet-2b, kernels, paper"):
         bench.profile("fast")
 
 
@@ -193,13 +193,17 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object)
 
 
 def test_the_reference_run_to_the_letter() -> None:
-    """Cells of the eight tasks as the published run counted them: 2 + 8, 70, 40, then 36 points a type and pattern."""
+    """Cells of the eight tasks as the published run counted them: 2 + 8, 70, 40, then 36 points a type and pattern.
+
+    Ours follow: 4 M for each type and pattern; the copy and 4 rates of each of 4 types.
+    """
     plan = Plan(load_bench(ROOT / "bench.yaml"), "bitnet-2b", Path())
     counts = {task.name: len(task.cells) for task in plan.tasks}
     del counts["tune"]
     assert counts == {
         "prepare": 2, "convert": 8, "prefill": 70, "decode": 40,
         "kernel_dense": 2 * 36, "kernel_high": 2 * 4 * 36, "kernel_low": 2 * 4 * 36,
+        "linear": 2 * 8 * 4, "calibrate": 1 + 4 * 4,
     }  # fmt: skip
     assert plan.profile.dtypes == (DType.INT8, DType.FP8)
     assert plan.profile.tune.coarse_m == (256, 1024, 4096, 16384, 32768)
@@ -213,3 +217,34 @@ def test_paper_has_five_models_and_the_cells_of_the_reference() -> None:
     paper, reference = bench.profile("paper"), bench.profile("bitnet-2b")
     assert paper.models == ("BitNet-2B", "Llama3.2-1B", "Llama3.2-3B", "Qwen2.5-7B", "Qwen2.5-14B")
     assert (paper.prefill, paper.decode, paper.kernel) == (reference.prefill, reference.decode, reference.kernel)
+
+
+def test_kernels_adds_types_and_square_shapes_to_the_kernel_tasks_alone() -> None:
+    """Layers: 36 points in each of 4 types. Squares: 5 sizes in each of them, M = N = K. The rest is the reference's."""
+    bench = load_bench(ROOT / "bench.yaml")
+    wide, reference = Plan(bench, "kernels", Path()), Plan(bench, "bitnet-2b", Path())
+    counts = {task.name: len(task.cells) for task in wide.tasks}
+    assert counts["kernel_dense"] == 4 * (36 + 5)
+    assert counts["kernel_high"] == counts["kernel_low"] == 4 * 4 * (36 + 5)
+    kernel = {"kernel_dense", "kernel_high", "kernel_low"}
+    assert [t for t in wide.tasks if t.name not in kernel] == [t for t in reference.tasks if t.name not in kernel]
+    cells = [cell for task in wide.tasks if task.name in kernel for cell in task.cells if isinstance(cell, KernelCell)]
+    square = [cell for cell in cells if cell.model == SQUARE]
+    assert {(cell.m, cell.n, cell.k) for cell in square} == {(size,) * 3 for size in (1024, 2048, 4096, 8192, 16384)}
+    assert {cell.dtype for cell in square} == set(DType)
+
+
+def test_tasks_of_our_own_follow_the_profile() -> None:
+    """Without a GPU backend there is nothing to calibrate; without the key `linear` there is no task 9."""
+    bench = load_bench(ROOT / "bench.yaml")
+    assert [task.number for task in Plan(bench, "smoke", Path()).tasks] == list(range(1, 10))
+    assert [task.number for task in Plan(bench, "bitnet-2b", Path()).tasks] == list(range(1, 11))
+    without = bench.profile("bitnet-2b").model_copy(update={"linear": None})
+    plan = Plan(bench.model_copy(update={"profiles": {"p": without}}), "p", Path())
+    assert [task.name for task in plan.tasks[8:]] == ["calibrate"]
+
+
+def test_models_come_in_8_bit_types_only(tmp_path: Path) -> None:
+    message, line = refusal(tmp_path, "dtypes: [INT8, FP8E4M3]", "dtypes: [BF16]")
+    assert message.startswith(f"bench.yaml:{line}: profiles.smoke.dtypes.0: ")
+    assert "'INT8' or 'FP8E4M3'" in message

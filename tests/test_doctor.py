@@ -51,13 +51,13 @@ def finding(findings: list[Finding], name: str) -> Finding:
     return found
 
 
-def test_a_ready_host_runs_all_eight_tasks() -> None:
+def test_a_ready_host_runs_all_tasks() -> None:
     findings = diagnose(REFERENCE, H100, READY)
     assert {f.status for f in findings} == {"ok"}
     assert exit_code(findings) == 0
     tasks = [f for f in findings if f.name.startswith("task ")]
     assert [f.detail for f in tasks][3:5] == ["70 cells can run", "40 cells can run"]
-    assert len(tasks) == 8
+    assert [f.detail for f in tasks][8:] == ["64 cells can run", "17 cells can run"]
 
 
 def test_smoke_needs_no_gpu_and_says_so() -> None:
@@ -121,11 +121,38 @@ def test_an_a100_skips_fp8_and_runs_the_rest() -> None:
 def test_a_backend_that_cannot_run_stops_only_tasks_that_use_it() -> None:
     without = {key: "no cuSPARSELt" if key[0] == "cusparselt" else "" for key in READY.backend_problems}
     findings = diagnose(REFERENCE, H100, replace(READY, backend_problems=without))
-    status = {f.name[5]: f.status for f in findings if f.name.startswith("task ")}
+    status = {f.name[5:].partition(",")[0]: f.status for f in findings if f.name.startswith("task ")}
     assert status == {
         "1": "ok", "2": "ok", "3": "warning", "4": "warning", "5": "warning", "6": "ok", "7": "missing", "8": "missing",
+        "9": "missing", "10": "ok",
     }  # fmt: skip
     assert exit_code(findings) == 1
+
+
+def test_whole_linear_layers_need_the_dense_side_too() -> None:
+    without = {key: "no cuBLASLt" if key[0] == "cublaslt" else "" for key in READY.backend_problems}
+    found = finding(diagnose(REFERENCE, H100, replace(READY, backend_problems=without)), "task 9, whole linear layers")
+    assert (found.status, found.detail) == ("missing", "cannot run: no cuBLASLt")
+
+
+def test_calibration_needs_a_gpu_and_nothing_of_the_backends() -> None:
+    name = "task 10, what this machine can do"
+    nothing = {key: "not built" for key in READY.backend_problems}
+    assert finding(diagnose(REFERENCE, H100, replace(READY, backend_problems=nothing)), name).status == "ok"
+    found = finding(diagnose(REFERENCE, A100, READY), name)
+    assert found.detail == "4 of 17 cells will be skipped: FP8E4M3 needs compute capability 8.9 (Ada)"
+    found = finding(diagnose(REFERENCE, CPU, replace(READY, nvidia_gpus=(), driver="")), name)
+    assert (found.status, found.detail) == ("missing", "cannot run: no NVIDIA GPU, or no driver")
+
+
+def test_16_bit_types_are_judged_where_the_profile_has_them() -> None:
+    without = {key: "no BF16" if key == ("cusparselt", DType.BF16) else "" for key in READY.backend_problems}
+    seen = replace(READY, backend_problems=without)
+    assert finding(diagnose(REFERENCE, H100, seen), "backend cusparselt").status == "ok"
+    findings = diagnose(plan("kernels"), H100, seen)
+    assert finding(findings, "backend cusparselt").detail == "BF16: no BF16"
+    assert finding(findings, "task 7, kernel, sparse high").detail.startswith(f"{4 * 41} of {4 * 4 * 41} cells")
+    assert finding(findings, "task 9, whole linear layers").status == "ok", "that task is in 8-bit types"
 
 
 def test_an_engine_that_cannot_run_stops_prefill_and_decode() -> None:
@@ -212,7 +239,8 @@ def test_looking_around_here(tmp_path: Path) -> None:
     assert seen.cannot_write == ""
     assert seen.models_to_get == ("BitNet-tiny",)
     assert seen.hub_problem is None
-    assert set(seen.backend_problems) == {(name, dtype) for name in ("cpu_dense", "cpu_sparse") for dtype in DType}
+    both = (DType.INT8, DType.FP8)
+    assert set(seen.backend_problems) == {(name, dtype) for name in ("cpu_dense", "cpu_sparse") for dtype in both}
     assert not any(seen.backend_problems.values())
     assert not (tmp_path / "new").exists(), "a look leaves nothing behind"
     assert exit_code(diagnose(here, detect())) == 0
