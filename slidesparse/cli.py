@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import click
 
 from slidesparse import __version__
-from slidesparse.errors import SlideSparseError
+from slidesparse.errors import ContextLost, SlideSparseError
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,18 @@ def _run(options: Options, choose: Callable[[Any], Any], with_report: bool) -> N
     from slidesparse.runner import open_run, run_tasks
 
     plan = options.plan()
-    with open_run(plan, options.quiet) as run:
-        code = run_tasks(run, choose(plan))
-        if with_report:
-            from slidesparse.report.render import render_report
+    try:
+        with open_run(plan, options.quiet) as run:
+            code = run_tasks(run, choose(plan))
+            if with_report:
+                from slidesparse.report.render import render_report
 
-            path = render_report(run.tree, ())
+                path = render_report(run.tree, ())
+    except ContextLost as error:
+        # Each loss bars one more algorithm, so this ends; cells that are done are not measured again.
+        click.echo(f"warning: {error}; going on in a new process", err=True)
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "slidesparse", *sys.argv[1:]])
     state = read_status(plan)
     if options.as_json:
         click.echo(json.dumps(state, indent=1))

@@ -94,6 +94,8 @@ class Stopping(_Section):
     """When a measurement may stop: the interval is narrow enough, or a cap is hit; the row says which."""
 
     warmup_s: Annotated[float, Field(ge=0)]
+    steady_rel: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Warm up in windows of `warmup_s` until the medians of two that follow each other agree this well."""
     min_samples: Annotated[int, Field(ge=2)]
     max_samples: Annotated[int, Field(ge=2)]
     ci_rel: Annotated[float, Field(gt=0, lt=1, description="half width of the 95 % interval over the median")]

@@ -44,3 +44,7 @@ class DType(StrEnum):
         if not self.quantised:
             raise ValueError(f"{self.value} is not a quantised type")
         return 127.0 if self is DType.INT8 else 448.0
+
+
+QUANTISED = (DType.INT8, DType.FP8)
+"""The types that models are prepared in."""

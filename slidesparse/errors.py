@@ -37,3 +37,7 @@ class UnsupportedHere(SlideSparseError):
 
 class DiskError(SlideSparseError):
     """The disk is full or cannot be written: nothing more can be recorded, so the run ends here."""
+
+
+class ContextLost(SlideSparseError):
+    """A kernel has crashed the GPU context of this process: what was measured is kept, a new process goes on."""

@@ -40,6 +40,10 @@ class ResultTree:
     def tuning_store(self) -> Path:
         return self.root / "tuning" / "winners.json"
 
+    @property
+    def lost_contexts(self) -> Path:
+        return self.root / "tuning" / "lost_contexts.json"
+
     def throughput(self, phase: Phase, model: str, dtype: DType, variant: Variant) -> Path:
         folder = self.root / "throughput_benchmark_results" / phase / self.tag_with(dtype) / variant.folder
         return folder / f"{model}-{dtype.suffix}_{phase}.csv"

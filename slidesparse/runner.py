@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slidesparse import files, machine
-from slidesparse.errors import DiskError, SlideSparseError
+from slidesparse.errors import ContextLost, DiskError, SlideSparseError
 from slidesparse.plan import Plan, Stage, Task
 from slidesparse.result_tree import ResultTree
 from slidesparse.run import Outcome, Run
@@ -77,6 +77,10 @@ def run_tasks(run: Run, tasks: Iterable[Task]) -> int:
         except DiskError as error:
             run.log.error("task %d %s: %s", task.number, task.name, error)
             status.try_update(task, "failed", time.monotonic() - started, note=str(error))
+            raise
+        except ContextLost as error:
+            run.log.error("task %d %s: %s; going on in a new process", task.number, task.name, error)
+            status.update(task, "interrupted", time.monotonic() - started, note=str(error))
             raise
         except SlideSparseError as error:
             run.log.error("task %d %s: %s", task.number, task.name, error)

@@ -35,7 +35,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from slidesparse import records
 from slidesparse.checkpoint import convert, disk, lift, pipeline, proof, shard, source
 from slidesparse.checkpoint.checkpoint import Checkpoint
-from slidesparse.dtypes import DType
+from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.errors import CheckpointError, DiskError, VerificationError
 from slidesparse.pattern import Sparsity
 from slidesparse.rows import ConvertLayerRow
@@ -100,7 +100,7 @@ def test_pruned_codes_keep_the_pattern_and_everything_else_is_untouched(config: 
 def test_two_to_infinity_is_the_prepared_model(tmp_path: Path) -> None:
     run = ready(tmp_path, sparsity={"end_to_end": ["2:inf"], "kernel_high": [], "kernel_low": []})
     run_convert(run)
-    for dtype in DType:
+    for dtype in QUANTISED:
         dense, sparse = prepared(run, dtype), converted(run, dtype, "2:inf")
         for name in dense.names():
             assert torch.equal(dense.load(name).view(torch.uint8), sparse.load(name).view(torch.uint8)), name
@@ -151,7 +151,7 @@ def test_bytes_read_add_up_over_the_rows(tmp_path: Path) -> None:
     rows = convert_rows(run)
     base = source.obtain(run.plan, MODEL, quiet=True).checkpoint
     need = sum(base.load(f"{linear}.weight").nbytes for linear in base.linears())
-    for dtype in DType:
+    for dtype in QUANTISED:
         made = prepared(run, dtype)
         need += sum(made.load(name).nbytes for layer in made.layers() for name in layer)
     assert sum(row["bytes_read"] for row in rows.values()) == pytest.approx(need, abs=100)
@@ -183,7 +183,7 @@ def test_lifted_layout_holds_the_lifted_plain_weights_and_stock_engines_refuse_i
     lifted = ready(tmp_path / "lifted", config, convert={"layout": "lifted"})
     run_convert(plain)
     assert run_convert(lifted).failed == 0
-    for dtype in DType:
+    for dtype in QUANTISED:
         for pattern in ("2:4", "2:10"):
             one, two = converted(plain, dtype, pattern), converted(lifted, dtype, pattern)
             assert two.dtype is dtype
@@ -200,7 +200,9 @@ def test_embeddings_are_shared_on_disk(tmp_path: Path) -> None:
     run = ready(tmp_path)
     run_convert(run)
     one = run.plan.prepared_folder(MODEL, DType.INT8) / SHARDS[2]
-    assert all(os.path.samefile(one, folder_of(run, dtype, p) / SHARDS[2]) for dtype in DType for p in ("2:4", "2:10"))
+    assert all(
+        os.path.samefile(one, folder_of(run, dtype, p) / SHARDS[2]) for dtype in QUANTISED for p in ("2:4", "2:10")
+    )
 
 
 def test_a_second_run_does_nothing_and_changed_options_do_it_again(tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_a_failed_proof_fails_its_variant_and_no_other(tmp_path: Path, monkeypat
     monkeypatch.setattr(proof, "lift_weight", lossy)
     outcome = run_convert(run)
     assert (outcome.ok, outcome.failed) == (2, 2)
-    for dtype in DType:
+    for dtype in QUANTISED:
         row = convert_rows(run)[dtype.value, "2:10"]
         assert (row["status"], row["verified"], row["weights_removed"]) == ("failed", "failed", -1)
         assert bad in row["reason"]

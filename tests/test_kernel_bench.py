@@ -14,7 +14,7 @@ from small_runs import MODEL, small_run, task
 
 from slidesparse import records
 from slidesparse.checkpoint.checkpoint import Checkpoint
-from slidesparse.dtypes import DType
+from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.kernels import cpu_dense, cpu_sparse, operands
 from slidesparse.kernels.backend import Algorithm, Weight
 from slidesparse.measure import kernel_bench
@@ -35,7 +35,7 @@ def model_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Dense and 2:8 checkpoints at the plan's places."""
     run = small_run(tmp_path)
     held: dict[Path, FakeCheckpoint] = {}
-    for dtype in DType:
+    for dtype in QUANTISED:
         for variant in (DENSE, SPARSE):
             folder = run.plan.checkpoint_folder(MODEL, dtype, variant)
             folder.mkdir(parents=True)
@@ -68,7 +68,7 @@ def test_points_of_all_three_tasks(tmp_path: Path) -> None:
     for name in ("kernel_dense", "kernel_high", "kernel_low"):
         outcome = kernel_bench.run_task(run, task(run, name))
         assert (outcome.ok, outcome.failed, outcome.skipped) == (8, 0, 0)
-    for dtype in DType:
+    for dtype in QUANTISED:
         for variant in (DENSE, SPARSE, Variant("cpu_sparse", Sparsity(None))):
             frame = table(run, variant, dtype)
             assert frame["layer"].tolist() == ["qkv", "o", "gate_up", "down"]
@@ -129,13 +129,13 @@ def test_the_models_own_weights_are_used_where_they_exist(model_on_disk: Path, m
     run = small_run(model_on_disk)
     for name, variant in (("kernel_dense", DENSE), ("kernel_high", SPARSE)):
         assert kernel_bench.run_task(run, task(run, name)).failed == 0
-        for dtype in DType:
+        for dtype in QUANTISED:
             assert set(table(run, variant, dtype)["data"]) == {"model"}
 
 
 def test_merged_layers_are_concatenated_along_n(model_on_disk: Path) -> None:
     run = small_run(model_on_disk)
-    for dtype in DType:
+    for dtype in QUANTISED:
         folder = run.plan.converted_folder(MODEL, dtype, Sparsity(8))
         merged = operands.model_weight(folder, "qkv", (160, 96), Sparsity(8))
         plain = checkpoint(BITNET, dtype, Sparsity(8))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidesparse.checkpoint.lift import lift_activation
-from slidesparse.dtypes import DType
+from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.kernels import reference
 from slidesparse.pattern import Sparsity
 
@@ -40,7 +40,7 @@ def test_halves_round_to_even() -> None:
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2]]
 
 
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("dtype", QUANTISED)
 @pytest.mark.parametrize("largest", [2.0**-133, 2.0**-126, 1e-37, 1 / 600, 1.0, 3e38])
 def test_codes_times_the_stored_scale_give_the_row_back(dtype: DType, largest: float) -> None:
     """Published kernels floored the scale but divided by the unfloored one: small rows came out wrong."""
@@ -53,7 +53,7 @@ def test_codes_times_the_stored_scale_give_the_row_back(dtype: DType, largest: f
     assert error <= step
 
 
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("dtype", QUANTISED)
 def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: DType) -> None:
     x = torch.ones(4, 6)
     x[1] = 0

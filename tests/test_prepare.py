@@ -23,14 +23,14 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.bitnet import WeightQuant
 
 from slidesparse.checkpoint import disk, prepare, shard, source
-from slidesparse.dtypes import DType
+from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.errors import DiskError
 from slidesparse.files import read_json
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("dtype", QUANTISED)
 def test_bitnet_keeps_the_function_of_the_model(dtype: DType, tmp_path: Path) -> None:
     """Dequantised weights are BitNet's own; the sub-norms and everything else are the base model's bytes."""
     run = model_run(tmp_path)
@@ -48,7 +48,7 @@ def test_bitnet_keeps_the_function_of_the_model(dtype: DType, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2])
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("dtype", QUANTISED)
 def test_other_models_are_quantised_by_output_channel(dtype: DType, config: dict[str, Any], tmp_path: Path) -> None:
     run = model_run(tmp_path, config)
     assert run_prepare(run).ok == 2
@@ -68,7 +68,7 @@ def test_other_models_are_quantised_by_output_channel(dtype: DType, config: dict
 
 
 @pytest.mark.parametrize("config", [BITNET, QWEN2])
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("dtype", QUANTISED)
 def test_stock_transformers_loads_it_with_compressed_tensors(
     dtype: DType, config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -89,7 +89,7 @@ def test_stock_transformers_loads_it_with_compressed_tensors(
     assert 0 < error < 0.1, "activations are quantised to 8 bits there, weights are the same"
 
 
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("dtype", QUANTISED)
 def test_the_metadata_says_channel_weights_and_dynamic_tokens(dtype: DType, tmp_path: Path) -> None:
     run = model_run(tmp_path)
     run_prepare(run)
@@ -131,7 +131,7 @@ def test_a_downloaded_model_gives_the_same_codes_and_loses_its_own_label(tmp_pat
     one, two = model_run(tmp_path / "one"), model_run(tmp_path / "two", local=theirs, source="local")
     run_prepare(one)
     assert run_prepare(two).ok == 2
-    for dtype in DType:
+    for dtype in QUANTISED:
         ours, other = prepared(one, dtype), prepared(two, dtype)
         assert set(ours.names()) == set(other.names())
         for name in ours.names():
@@ -141,7 +141,7 @@ def test_a_downloaded_model_gives_the_same_codes_and_loses_its_own_label(tmp_pat
         names = {path.name for path in other.folder.iterdir()}
         assert "tokenizer.json" in names
         assert not {"configuration_bitnet.py", ".hidden", "model.safetensors", "slidesparse_source.json"} & names
-    int8, fp8 = (two.plan.prepared_folder(MODEL, dtype) / SHARDS[2] for dtype in DType)
+    int8, fp8 = (two.plan.prepared_folder(MODEL, dtype) / SHARDS[2] for dtype in QUANTISED)
     assert os.path.samefile(int8, fp8), "embeddings are written once"
     assert (theirs / "model.safetensors").stat().st_nlink == 1, "a user's file is never linked to"
 
@@ -165,7 +165,7 @@ def test_rows_tell_bytes_and_the_floor(tmp_path: Path) -> None:
     layers = sum(base.load(name).nbytes for layer in base.layers() for name in layer)
     table = prepare_rows(run)
     assert sum(row["bytes_read"] for row in table.values()) == layers
-    for dtype, row in ((dtype, table[dtype.value]) for dtype in DType):
+    for dtype, row in ((dtype, table[dtype.value]) for dtype in QUANTISED):
         made = prepared(run, dtype)
         data = sum(made.load(name).nbytes for layer in made.layers() for name in layer)
         assert row["bytes_written"] == data, "the shard of the embeddings is a link"

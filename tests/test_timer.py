@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from slidesparse.config import Stopping
 from slidesparse.measure import statistics
 from slidesparse.measure.statistics import Interval
 from slidesparse.measure.telemetry import CpuProbe, GpuProbe, Sample, Telemetry
-from slidesparse.measure.timer import WallClock, collect, measure, measure_pairs
+from slidesparse.measure.timer import Call, WallClock, collect, leading, measure, measure_together, ratio
 
 
 class FakeClock:
@@ -27,7 +27,15 @@ class FakeClock:
     def now(self) -> float:
         return self._now
 
-    def time(self, call: Callable[[], object]) -> float:
+    batch = 1
+
+    def prepare(self, calls: Sequence[Call], brief: bool = False) -> Call:
+        return calls[0]
+
+    def times(self, calls: Sequence[Call]) -> list[float]:
+        return [self.time(call) for call in calls]
+
+    def time(self, call: Call) -> float:
         call()
         self.calls += 1
         seconds = next(self._durations)
@@ -138,40 +146,76 @@ def test_samples_that_time_themselves() -> None:
     assert collect(lambda: next(values), rule(), FakeClock(iter(()))).values == (1.0,) * 5
 
 
-def test_pairs_are_interleaved_in_random_order_and_repeatable() -> None:
-    def run(seed: int) -> tuple[str, float]:
+def test_calls_measured_together_take_turns_in_random_order_and_repeatably() -> None:
+    def run(seed: int) -> str:
         order: list[str] = []
-        pairs = measure_pairs(
-            lambda: order.append("a"), lambda: order.append("b"), rule(min_samples=20), FakeClock(cycle([1.0])), seed
-        )
-        assert len(pairs.first.values) == len(pairs.second.values) == 20
-        assert sorted(order[:2]) == sorted(order[-2:]) == ["a", "b"]
-        return "".join(order), pairs.ratio.median
+        calls = [lambda name=name: order.append(name) for name in "abc"]  # type: ignore[misc]
+        timed = measure_together(calls, rule(min_samples=20), FakeClock(cycle([1.0])), seed)
+        assert [len(samples.values) for samples in timed] == [20, 20, 20]
+        assert sorted(order[:3]) == sorted(order[-3:]) == ["a", "b", "c"]
+        return "".join(order)
 
     assert run(1) == run(1)
-    assert run(1)[0] != run(2)[0]
-    assert "abba" in run(1)[0]
+    assert run(1) != run(2)
+    assert len({run(1)[place : place + 3] for place in range(0, 60, 3)}) > 3
+
+
+def test_a_batch_of_rounds_is_handed_over_at_once_and_still_paired() -> None:
+    clock = FakeClock(cycle([1.0]))
+    clock.batch = 4
+    handed: list[int] = []
+    times = clock.times
+    clock.times = lambda calls: (handed.append(len(calls)), times(calls))[1]  # type: ignore[method-assign]
+    first, second = measure_together([lambda: None, lambda: None], rule(min_samples=6), clock, 0)
+    assert len(first.values) == len(second.values) == 8, "whole batches"
+    assert handed == [8, 8, 8], "one batch of warm-up, two of samples"
+
+
+class SpeedsDiffer(FakeClock):
+    """Each call takes what it returns, times the drift of the clock."""
+
+    def __init__(self, drift: float = 0.0) -> None:
+        super().__init__(iter(()))
+        self.drift = drift
+
+    def time(self, call: Call) -> float:
+        self.calls += 1
+        seconds = float(call()) * (1 + self._now * self.drift)  # type: ignore[arg-type]
+        self._now += seconds
+        return seconds
 
 
 def test_drift_that_ruins_the_medians_leaves_the_paired_ratio() -> None:
     """A machine that slows down several times over while measuring: what was throttled in published tables."""
+    first, second = measure_together(
+        [lambda: 2.0, lambda: 1.0], rule(max_samples=21, min_samples=21), SpeedsDiffer(1 / 60), 0
+    )
+    assert first.values[-1] > 2 * first.values[0]
+    assert ratio(first, second).median == pytest.approx(2.0, rel=0.05)
 
-    class Throttling:
-        def __init__(self) -> None:
-            self.t = 0.0
 
-        def now(self) -> float:
-            return self.t
+def test_a_quick_look_finds_the_leaders_of_many_and_spares_a_few_the_look() -> None:
+    clock = SpeedsDiffer()
+    costs = [5.0, 1.0, 3.0, 2.0, 4.0, 6.0]
+    candidates = [[lambda cost=cost: cost] for cost in costs]  # type: ignore[misc]
+    assert leading(candidates, clock, count=3) == [1, 3, 2]
+    clock.calls = 0
+    assert leading(candidates[:3], clock, count=3) == [0, 1, 2]
+    assert clock.calls == 0
 
-        def time(self, call: Callable[[], object]) -> float:
-            cost = 2.0 if call() else 1.0
-            seconds = cost * (1 + self.t / 60)
-            self.t += seconds
-            return seconds
 
-    pairs = measure_pairs(lambda: True, lambda: False, rule(max_samples=21, min_samples=21), Throttling(), 0)
-    assert pairs.first.values[-1] > 2 * pairs.first.values[0]
-    assert pairs.ratio.median == pytest.approx(2.0, rel=0.05)
+def test_warm_up_goes_on_until_the_speed_is_steady() -> None:
+    """Windows of 2 s: fast, slowing, steady. Without the rule the fast ones would be measured."""
+    durations = [0.5] * 4 + [0.8] * 3 + [1.0] * 100
+    samples = measure(lambda: None, rule(warmup_s=2.0, steady_rel=0.01), FakeClock(iter(durations)))
+    assert set(samples.values) == {1.0}
+    hasty = measure(lambda: None, rule(warmup_s=2.0), FakeClock(iter(durations)))
+    assert 0.8 in hasty.values
+
+
+def test_a_machine_that_never_settles_is_measured_all_the_same() -> None:
+    clock = FakeClock(1.5**n for n in range(60))
+    assert measure(lambda: None, rule(steady_rel=0.01, max_samples=10, cap_s=1e30), clock).stop == "sample cap"
 
 
 def test_columns_are_in_the_unit_asked_for() -> None:
@@ -182,8 +226,8 @@ def test_columns_are_in_the_unit_asked_for() -> None:
 
 
 def test_the_wall_clock_sees_time() -> None:
-    clock = WallClock()
-    assert clock.time(lambda: sum(range(200_000))) > clock.time(lambda: None) > 0
+    long, short = WallClock().times([lambda: sum(range(200_000)), lambda: None])
+    assert long > short > 0
 
 
 # -- telemetry -----------------------------------------------------------------------------------------

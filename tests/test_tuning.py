@@ -11,7 +11,7 @@ import torch
 from small_runs import MODEL, small_run, task
 
 from slidesparse import records
-from slidesparse.dtypes import DType
+from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.errors import RecordError
 from slidesparse.kernels import cpu_dense, cpu_sparse
 from slidesparse.kernels.backend import Algorithm, Weight
@@ -118,7 +118,7 @@ def test_every_cell_gets_candidates_checked_timed_and_one_winner(tmp_path: Path)
     cells = task(run, "tune").cells
     outcome = search.run_task(run, task(run, "tune"))
     assert (outcome.ok, outcome.failed, outcome.skipped, outcome.done_before) == (len(cells), 0, 0, 0)
-    for dtype in DType:
+    for dtype in QUANTISED:
         frame = table(run, dtype)
         assert set(frame["status"]) == {"ok"}
         assert set(frame["verified"]) <= {"exact", "within_bound"}
@@ -139,7 +139,7 @@ def test_a_second_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     first = small_run(tmp_path)
     search.run_task(first, task(first, "tune"))
     before = first.tree.tune(MODEL, DType.INT8).read_bytes()
-    monkeypatch.setattr(search, "measure", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr(search, "measure_together", lambda *arguments: pytest.fail("measured again"))
     second = small_run(tmp_path, "run2")
     outcome = search.run_task(second, task(second, "tune"))
     assert outcome.done_before == outcome.ok == len(task(second, "tune").cells)

@@ -7,7 +7,7 @@ A GPU backend plugs in by implementing `Backend` (and `Activations` if its kerne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere
+from slidesparse.kernels import reference, verify
 from slidesparse.machine import Machine
 from slidesparse.pattern import Sparsity
 
@@ -44,6 +45,10 @@ class Weight:
     dtype: DType
     data: Any
     nbytes: int
+
+    def copy(self) -> Weight:
+        """The same weight elsewhere in memory (GPU backends: `data` is one tensor)."""
+        return replace(self, data=self.data.clone())
 
 
 class Activations(ABC):
@@ -82,6 +87,8 @@ class Backend(ABC):
     """True: `pack` takes lifted 2:4 weights and `gemm` lifted activations."""
     emulation: ClassVar[bool]
     """True: its time says nothing about tensor cores."""
+    device: ClassVar[Literal["cpu", "cuda"]]
+    """Where its operands lie."""
     activations: Activations
 
     @abstractmethod
@@ -101,7 +108,39 @@ class Backend(ABC):
 
     @abstractmethod
     def gemm(self, x: torch.Tensor, weight: Weight, algorithm: Algorithm, out: torch.Tensor) -> torch.Tensor:
-        """out[m, n] = sum_k x[m, k] w[n, k]: codes [M, K] -> int32 (INT8) or float32 (FP8) [M, N], all overwritten."""
+        """out[m, n] = sum_k x[m, k] w[n, k]: codes [M, K] -> `output(dtype)` [M, N], all overwritten."""
+
+    def output(self, dtype: DType) -> torch.dtype:
+        """Type that `gemm` writes. INT8: int32, the narrowest that keeps every sum exact."""
+        return reference.accumulator(dtype)
+
+    def accumulation_error(self, dtype: DType, terms: int) -> tuple[float, str]:
+        """c of |sum - exact| <= c * sum|a||w| for sums of `terms` products, and its formula in words.
+
+        Default: float32 additions in any order (`verify.gamma`). Not used for INT8, whose sums are exact.
+        """
+        return verify.gamma(terms), f"gamma({terms})"
+
+    def norm_error(self, dtype: DType) -> float:
+        """Largest ||out - exact|| / ||exact|| of a whole output on random data; infinite where the bound is sharp."""
+        return float("inf")
+
+    def scaled_algorithms(self, dtype: DType, m: int, n: int, k: int, bias: bool) -> tuple[Algorithm, ...]:
+        """Candidates of `gemm_scaled`; empty where scales cannot be fused."""
+        return ()
+
+    def gemm_scaled(
+        self,
+        x: torch.Tensor,
+        scale_token: torch.Tensor,
+        weight: Weight,
+        scale_channel: torch.Tensor,
+        bias: torch.Tensor | None,
+        algorithm: Algorithm,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """The whole epilogue in the GEMM: out bfloat16 [M, N]; scales float32 [M, 1] and [N, 1], bias bfloat16 [N]."""
+        raise NotImplementedError(f"{self.name} fuses no scales")
 
     @abstractmethod
     def path(self, dtype: DType, algorithm: Algorithm) -> str:
@@ -124,7 +163,14 @@ def backend(name: str) -> Backend:
         from slidesparse.kernels.cpu_sparse import CpuSparse
 
         return CpuSparse()
+    if name == "cublaslt":
+        from slidesparse.kernels.cublaslt import CublasLt
+
+        return CublasLt()
+    if name == "cusparselt":
+        from slidesparse.kernels.cusparselt import CusparseLt
+
+        return CusparseLt()
     raise UnsupportedHere(
-        f"backend {name} needs an NVIDIA GPU and CUDA kernels; this version has CPU backends only "
-        f"(cpu_dense, cpu_sparse)"
+        f"backend {name} is not in this version, which has cublaslt, cusparselt, cpu_dense and cpu_sparse"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from slidesparse.dtypes import DType
+from slidesparse.errors import UnsupportedHere
 from slidesparse.kernels.backend import Activations, Algorithm, Backend, Weight
 from slidesparse.kernels.cpu_activations import CpuActivations
 from slidesparse.kernels.e4m3 import decode
@@ -27,10 +28,13 @@ class CpuDense(Backend):
     name = "cpu_dense"
     sparse = False
     emulation = True
+    device = "cpu"
     activations: Activations = CpuActivations()
 
     def require(self, machine: Machine, dtype: DType) -> None:
-        """Runs everywhere."""
+        """Runs everywhere, 8-bit types only."""
+        if not dtype.quantised:
+            raise UnsupportedHere(f"backend {self.name} has no {dtype.value}: it emulates the 8-bit types")
 
     def algorithms(self, dtype: DType, m: int, n: int, k: int) -> tuple[Algorithm, ...]:
         return (INT_MM, FLOAT32_BLOCKS, FLOAT64) if dtype is DType.INT8 else (FLOAT32, FLOAT64)

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from slidesparse.dtypes import DType
+from slidesparse.errors import UnsupportedHere
 from slidesparse.kernels.backend import Activations, Algorithm, Backend, Weight
 from slidesparse.kernels.compress import Compressed, compress
 from slidesparse.kernels.cpu_activations import CpuActivations
 from slidesparse.kernels.e4m3 import as_bytes, decode_table
 from slidesparse.machine import Machine
+from slidesparse.pattern import KEPT, WINDOW
 
 AXPY = Algorithm(0, "axpy", "weight-major: each kept value times a row of the transposed activations, all tokens")
 AXPY_16 = Algorithm(1, "axpy_t16", "as axpy, in tiles of 16 tokens")
@@ -34,10 +36,13 @@ class CpuSparse(Backend):
     name = "cpu_sparse"
     sparse = True
     emulation = True
+    device = "cpu"
     activations: Activations = CpuActivations()
 
     def require(self, machine: Machine, dtype: DType) -> None:
-        """Runs everywhere."""
+        """Runs everywhere, 8-bit types only."""
+        if not dtype.quantised:
+            raise UnsupportedHere(f"backend {self.name} has no {dtype.value}: it emulates the 8-bit types")
 
     def algorithms(self, dtype: DType, m: int, n: int, k: int) -> tuple[Algorithm, ...]:
         return AXPY, *(tiled for tiled in (AXPY_16, AXPY_64) if m > TILES[tiled.name]), DOT
@@ -59,6 +64,10 @@ class CpuSparse(Backend):
         else:
             _axpy_tiled(decoded, values, indices, table, TILES[algorithm.name], out.numpy())
         return out
+
+    def accumulation_error(self, dtype: DType, terms: int) -> tuple[float, str]:
+        """Only kept positions are added."""
+        return super().accumulation_error(dtype, terms * KEPT // WINDOW)
 
     def path(self, dtype: DType, algorithm: Algorithm) -> str:
         return f"cpu_sparse {algorithm.name} (2:4 compressed; {algorithm.config})"

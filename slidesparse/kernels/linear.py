@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError
-from slidesparse.kernels import operands, reference
+from slidesparse.kernels import operands
 from slidesparse.kernels.backend import ActivationOperation, Algorithm, backend, named
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Operation, Variant
@@ -40,8 +40,12 @@ class Choice:
     quantise: Algorithm
     gemm: Algorithm
     dequantise: Algorithm
+    scaled: Algorithm | None = None
+    """A GEMM with scales and bias in its epilogue: it stands for `gemm` and `dequantise`."""
 
     def __str__(self) -> str:
+        if self.scaled is not None:
+            return f"{self.quantise.name} > {self.scaled.name} (scales and bias fused)"
         return f"{self.quantise.name} > {self.gemm.name} > {self.dequantise.name}"
 
 
@@ -90,22 +94,41 @@ class W8A8Linear(nn.Module):
         if variant.sparsity is not None and not lifted:
             codes = operands.lift(codes, variant.sparsity, name)
         self.weight = self.backend.pack(codes, dtype, name)
-        self.scale = nn.Buffer(scale.float(), persistent=False)
+        self.scale = nn.Buffer(scale.float().to(self.backend.device), persistent=False)
+        bias = None if bias is None else bias.to(self.backend.device)
         self.bias = None if bias is None else nn.Buffer(bias.float(), persistent=False)
+        self.bias16 = None if bias is None else nn.Buffer(bias.bfloat16(), persistent=False)
         self._choices: dict[int, Choice] = {}
         self.paths: Counter[str] = Counter()
         """Calls by the algorithms that ran."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.reshape(-1, self.k)
-        choice = self._choices.get(tokens.shape[0]) or self._choose(tokens.shape[0])
-        activations = self.backend.activations
-        codes, scale = activations.quantise(tokens, self.dtype, self.variant.sparsity, choice.quantise)
-        acc = torch.empty(tokens.shape[0], self.n, dtype=reference.accumulator(self.dtype))
-        self.backend.gemm(codes, self.weight, choice.gemm, acc)
-        y = activations.dequantise_bias(acc, scale, self.scale, self.bias, x.dtype, choice.dequantise)
+        choice = self._choices.get(tokens.shape[0])
+        if choice is None:
+            # Where the library can fuse the epilogue it does: one kernel and one pass over the output less.
+            choice = self._choices[tokens.shape[0]] = self.choices(tokens.shape[0])[-1]
+        y = self.run(tokens, choice)
         self.paths[str(choice)] += 1
         return y.reshape(*x.shape[:-1], self.n)
+
+    def run(self, tokens: torch.Tensor, choice: Choice) -> torch.Tensor:
+        """tokens [M, K] -> [M, N] by the algorithms of `choice`."""
+        activations = self.backend.activations
+        codes, scale = activations.quantise(tokens, self.dtype, self.variant.sparsity, choice.quantise)
+        m = tokens.shape[0]
+        if choice.scaled is not None:
+            y = torch.empty(m, self.n, dtype=torch.bfloat16, device=tokens.device)
+            return self.backend.gemm_scaled(codes, scale, self.weight, self.scale, self.bias16, choice.scaled, y)
+        acc = torch.empty(m, self.n, dtype=self.backend.output(self.dtype), device=tokens.device)
+        self.backend.gemm(codes, self.weight, choice.gemm, acc)
+        return activations.dequantise_bias(acc, scale, self.scale, self.bias, tokens.dtype, choice.dequantise)
+
+    def choices(self, m: int) -> list[Choice]:
+        """The tuned choice at M tokens; with the epilogue in a second kernel first, then fused where it can be."""
+        split = self._choose(m)
+        scaled = self.backend.scaled_algorithms(self.dtype, m, self.n, self.weight.k, self.bias is not None)
+        return [split, *(replace(split, scaled=algorithm) for algorithm in scaled)]
 
     def forget(self) -> None:
         """Forget choices and path counts: the next cell looks up and counts its own."""
@@ -116,7 +139,7 @@ class W8A8Linear(nn.Module):
         gemm: Operation = "sparse_gemm" if self.backend.sparse else "dense_gemm"
         quantise: ActivationOperation = "quantise_lift" if self.backend.sparse else "quantise"
         activations = self.backend.activations
-        choice = Choice(
+        return Choice(
             self._best(quantise, activations.name, (m, 0, self.k), activations.algorithms(quantise, self.dtype)),
             self._best(
                 gemm,
@@ -131,8 +154,6 @@ class W8A8Linear(nn.Module):
                 activations.algorithms("dequantise_bias", self.dtype),
             ),
         )
-        self._choices[m] = choice
-        return choice
 
     def _best(
         self, operation: Operation, family: str, size: tuple[int, int, int], candidates: tuple[Algorithm, ...]

@@ -10,6 +10,7 @@ from slidesparse.checkpoint.lift import lift_weight, unlift_weight
 from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError
 from slidesparse.kernels import reference
+from slidesparse.kernels.device_lift import lift_on_device
 from slidesparse.pattern import Sparsity
 
 MERGED = {
@@ -21,26 +22,45 @@ MERGED = {
 """Linear layers that an inference engine merges along N, by the names of `config.Model.linear_shapes`."""
 
 
-def activation(m: int, k: int, seed: int) -> torch.Tensor:
+ACTIVATION_STREAM = 1 << 32
+
+
+def activation(m: int, k: int, seed: int, device: str = "cpu") -> torch.Tensor:
     """bfloat16 [M, K], standard normal."""
-    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    # Not the stream that random weights come from: row m of x would be row m of the weight, and their product a sum of
+    # squares, which is the worst case of FP8 accumulation.
+    generator = torch.Generator(device).manual_seed(seed + ACTIVATION_STREAM)
+    return torch.randn(m, k, generator=generator, device=device, dtype=torch.float32).to(torch.bfloat16)
 
 
-def random_weight(n: int, k: int, dtype: DType, sparsity: Sparsity | None, seed: int) -> torch.Tensor:
+def codes_of(x: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """Values [M, K] as GEMM operands: quantised codes, or just the 16-bit type."""
+    return reference.quantise(x, dtype)[0] if dtype.quantised else x.to(dtype.torch)
+
+
+def random_weight(
+    n: int, k: int, dtype: DType, sparsity: Sparsity | None, seed: int, device: str = "cpu"
+) -> torch.Tensor:
     """Unlifted codes [N, K] of `dtype.torch`: quantised normal values, Z random zeros in every group of L.
 
     A last group of fewer than L columns counts the missing ones as zeros.
     """
-    generator = torch.Generator().manual_seed(seed)
-    codes, _ = reference.quantise(torch.randn(n, k, generator=generator), dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    codes = codes_of(torch.randn(n, k, generator=generator, device=device), dtype)
     if sparsity is None or sparsity.l is None:
         return codes
     groups = sparsity.groups(k)
-    order = torch.rand(n, groups * sparsity.l, generator=generator)
+    order = torch.rand(n, groups * sparsity.l, generator=generator, device=device)
     order[:, k:] = -1.0
     zeros = order.reshape(n, groups, sparsity.l).topk(Sparsity.z, dim=2, largest=False).indices
-    keep = torch.ones(n, groups, sparsity.l, dtype=torch.uint8).scatter_(2, zeros, 0)
-    return (codes.view(torch.uint8) * keep.reshape(n, -1)[:, :k]).view(dtype.torch)
+    drop = torch.zeros(n, groups, sparsity.l, dtype=torch.bool, device=device).scatter_(2, zeros, True)
+    bits = codes.view(torch.uint8 if codes.itemsize == 1 else torch.int16)
+    return bits.masked_fill_(drop.reshape(n, -1)[:, :k], 0).view(dtype.torch)
+
+
+def signs(codes: torch.Tensor) -> torch.Tensor:
+    """-1, 0 and 1 in the same type: products of such operands have exact sums on every tensor core."""
+    return codes.float().sign_().to(codes.dtype)
 
 
 def model_weight(folder: Path, layer: str, shape: tuple[int, int], sparsity: Sparsity | None) -> torch.Tensor:
@@ -70,7 +90,12 @@ def model_weight(folder: Path, layer: str, shape: tuple[int, int], sparsity: Spa
 
 
 def lift(codes: torch.Tensor, sparsity: Sparsity, layer: str) -> torch.Tensor:
-    """Codes [N, K] -> [N, K'] of the same type. Raises CheckpointError when a group holds too many non-zeros."""
+    """Codes [N, K] -> [N, K'] of the same type, on their device.
+
+    Raises CheckpointError when a group holds too many non-zeros.
+    """
+    if codes.is_cuda or codes.itemsize > 1:
+        return lift_on_device(codes, sparsity, layer)
     lifted = lift_weight(codes.contiguous().view(torch.int8).numpy(), sparsity, layer)
     return torch.from_numpy(lifted).view(codes.dtype)
 

@@ -25,7 +25,7 @@ CHUNK_ELEMENTS = 1 << 24
 
 
 def accumulator(dtype: DType) -> torch.dtype:
-    """Type of a GEMM's output: int32 for INT8 (exact for K up to 133,144), float32 for FP8."""
+    """Type that holds a GEMM's sum: int32 for INT8 (exact for K up to 133,144), float32 for the others."""
     return torch.int32 if dtype is DType.INT8 else torch.float32
 
 
@@ -34,28 +34,31 @@ def quantise(x: torch.Tensor, dtype: DType) -> tuple[torch.Tensor, torch.Tensor]
     values = x.float()
     finite = values.isfinite().all(dim=1, keepdim=True)
     largest = values.abs().amax(dim=1, keepdim=True)
-    scale = (largest / dtype.limit).clamp(min=SCALE_FLOOR)
+    # A tensor, not a number: on CUDA torch multiplies by the reciprocal of a number, which is not this quotient.
+    scale = (largest / torch.full_like(largest, dtype.limit)).clamp(min=SCALE_FLOOR)
     scaled = torch.where(finite, values / scale, 0.0).clamp(-dtype.limit, dtype.limit)
     codes = scaled.round() if dtype is DType.INT8 else scaled
     return codes.to(dtype.torch), torch.where(finite, scale, float("nan"))
 
 
 def lift(codes: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
-    """Lift activation codes: [M, K] -> [M, K'] along the column map, 0 in padding."""
-    columns = torch.from_numpy(sparsity.column_map(codes.shape[1])).long()
-    lifted = codes.view(torch.uint8)[:, columns.clamp(min=0)]
+    """Lift activation codes (or 16-bit values): [M, K] -> [M, K'] along the column map, 0 in padding."""
+    columns = torch.from_numpy(sparsity.column_map(codes.shape[1])).long().to(codes.device)
+    bits = codes.view(torch.uint8 if codes.itemsize == 1 else torch.int16)
+    lifted = bits[:, columns.clamp(min=0)]
     lifted[:, columns < 0] = 0
     return lifted.view(codes.dtype)
 
 
 def gemm(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Exact product of codes [M, K] and [N, K] -> float64 [M, N].
+    """Exact product of codes [M, K] and [N, K] -> float64 [M, N], on their device.
 
     INT8: integers below 2**53. FP8: every product of two e4m3 numbers is a multiple of 2**-18 and at most
-    448**2 < 2**17.62, so any sum of up to 2**17 of them has at most 53 bits: exact as well.
+    448**2 < 2**17.62, so any sum of up to 2**17 of them has at most 53 bits: exact as well. 16-bit types: the products
+    are exact, their sum is rounded to float64.
     """
     weight = w.to(torch.float64)
-    out = torch.empty(a.shape[0], w.shape[0], dtype=torch.float64)
+    out = torch.empty(a.shape[0], w.shape[0], dtype=torch.float64, device=a.device)
     rows = max(1, CHUNK_ELEMENTS // max(a.shape[1], w.shape[0], 1))
     for first in range(0, a.shape[0], rows):
         torch.matmul(a[first : first + rows].to(torch.float64), weight.T, out=out[first : first + rows])
@@ -65,7 +68,7 @@ def gemm(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def magnitude(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """sum_k |a[m, k]| |w[n, k]|, float64 [M, N]: what rounding errors of a dot product are proportional to."""
     absolute = w.to(torch.float64).abs()
-    out = torch.empty(a.shape[0], w.shape[0], dtype=torch.float64)
+    out = torch.empty(a.shape[0], w.shape[0], dtype=torch.float64, device=a.device)
     rows = max(1, CHUNK_ELEMENTS // max(a.shape[1], w.shape[0], 1))
     for first in range(0, a.shape[0], rows):
         torch.matmul(a[first : first + rows].to(torch.float64).abs(), absolute.T, out=out[first : first + rows])

@@ -1,4 +1,4 @@
-"""One point of the kernel bench: operands, checked algorithms, their ranking, and the dense twin.
+"""One GEMM at one size: operands, the exact product, algorithms that are checked before they are timed.
 
 A sparse point and its dense twin compute the same product: the twin multiplies the unlifted weight and activation,
 of which the sparse operands are the lifted form. So one reference checks both, and their samples are interleaved.
@@ -8,26 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 
 from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere, VerificationError
-from slidesparse.kernels import operands, reference, verify
+from slidesparse.kernels import lost_contexts, operands, reference, verify
 from slidesparse.kernels.backend import Algorithm, Backend, Weight
-from slidesparse.kernels.verify import Check
-from slidesparse.measure.timer import Clock, Samples, measure
-from slidesparse.pattern import KEPT, WINDOW, Sparsity
+from slidesparse.kernels.lost_contexts import LostContexts
+from slidesparse.kernels.verify import Check, Expected
+from slidesparse.measure.clocks import buffer_sets
+from slidesparse.measure.timer import Call, Clock, Samples, leading, measure_together
+from slidesparse.pattern import Sparsity
 
 
 @dataclass(frozen=True)
 class LayerWeight:
-    """One weight, as codes and in the form that each side multiplies."""
+    """One weight, as codes and in the form that one side multiplies."""
 
     plain: torch.Tensor
     """Unlifted codes [N, K]: what the reference multiplies."""
     packed: Weight
+    packed_signs: Weight | None
+    """The signs of the codes, packed: for the sharp check of types whose sums are rounded."""
     data: str
     """`model` or `random`."""
 
@@ -36,76 +41,164 @@ class LayerWeight:
         cls, plain: torch.Tensor, data: str, dtype: DType, sparsity: Sparsity | None, side: Backend, layer: str
     ) -> LayerWeight:
         """Raises CheckpointError when the codes do not keep to the pattern."""
+        plain = plain.to(side.device)
         codes = plain if sparsity is None else operands.lift(plain, sparsity, layer)
-        return cls(plain, side.pack(codes, dtype, layer), data)
+        signs = None if dtype is DType.INT8 else side.pack(operands.signs(codes), dtype, layer)
+        return cls(plain, side.pack(codes, dtype, layer), signs, data)
+
+
+class Product:
+    """Activation codes [M, K] times one weight: what both sides of a comparison must give."""
+
+    def __init__(self, plain: torch.Tensor, dtype: DType, m: int, seed: int) -> None:
+        """Random activations for unlifted codes [N, K], on their device."""
+        self.dtype, self._plain = dtype, plain
+        device = "cuda" if plain.is_cuda else "cpu"
+        self.codes = operands.codes_of(operands.activation(m, plain.shape[1], seed, device), dtype)
+        self._expected: dict[tuple[float, torch.dtype], Expected] = {}
+
+    def expected(self, side: Backend, k: int) -> Expected:
+        """What `side` must give for sums over k positions."""
+        error, out = side.accumulation_error(self.dtype, k), side.output(self.dtype)
+        if (error[0], out) not in self._expected:
+            norm = side.norm_error(self.dtype)
+            self._expected[error[0], out] = Expected(self.codes, self._plain, self.dtype, error, out, norm)
+        return self._expected[error[0], out]
+
+    @cached_property
+    def sign_codes(self) -> torch.Tensor:
+        """The signs of the activations' codes."""
+        return operands.signs(self.codes)
+
+    @cached_property
+    def exact_signs(self) -> torch.Tensor:
+        """Their product with the signs of the weight: integers up to K, float32 [M, N]."""
+        weight = operands.signs(self._plain)
+        out = torch.empty(self.codes.shape[0], weight.shape[0], device=weight.device)
+        for rows in verify.row_blocks((out.shape[0], out.shape[1])):
+            out[rows] = reference.gemm(self.sign_codes[rows], weight)
+        return out
 
 
 @dataclass(frozen=True)
-class Product:
-    """Activation codes [M, K] and the exact product with one weight."""
+class Candidate:
+    """An algorithm that has passed its check, and its calls on all sets of buffers."""
 
-    codes: torch.Tensor
-    exact: torch.Tensor
-    """float64 [M, N]."""
-    magnitude: torch.Tensor | None
-    """float64 [M, N] for FP8 (`reference.magnitude`)."""
-
-    @classmethod
-    def make(cls, plain: torch.Tensor, dtype: DType, m: int, seed: int) -> Product:
-        """Quantised random activations times unlifted codes [N, K]."""
-        codes, _ = reference.quantise(operands.activation(m, plain.shape[1], seed), dtype)
-        magnitude = None if dtype is DType.INT8 else reference.magnitude(codes, plain)
-        return cls(codes, reference.gemm(codes, plain), magnitude)
+    algorithm: Algorithm
+    check: Check
+    calls: list[Call]
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One algorithm of a point, checked and timed."""
+    """A candidate that was timed."""
 
     algorithm: Algorithm
-    call: Callable[[], torch.Tensor]
     check: Check
     samples: Samples
 
 
-def checked_call(
-    side: Backend, algorithm: Algorithm, x: torch.Tensor, weight: Weight, product: Product
-) -> tuple[Callable[[], torch.Tensor], Check]:
-    """A call of one algorithm, after it has filled a poisoned output with the right product.
+class GemmPoint:
+    """One side's operands for one product, in as many sets as the caches ask for."""
 
-    Raises:
-        VerificationError: it did not.
-    """
-    out = torch.empty(x.shape[0], weight.n, dtype=reference.accumulator(weight.dtype))
+    def __init__(self, side: Backend, weight: LayerWeight, product: Product, sparsity: Sparsity | None) -> None:
+        self.side, self._weight, self._product = side, weight, product
+        packed, m = weight.packed, product.codes.shape[0]
+        self._lift: Callable[[torch.Tensor], torch.Tensor] = (
+            (lambda codes: codes) if sparsity is None else partial(reference.lift, sparsity=sparsity)
+        )
+        x = self._lift(product.codes)
+        out = torch.empty(m, packed.n, dtype=side.output(packed.dtype), device=side.device)
+        sets = buffer_sets(side, x.nbytes + packed.nbytes + out.nbytes)
+        self._sets = [(x, packed, out)]
+        self._sets += [(x.clone(), packed.copy(), torch.empty_like(out)) for _ in range(sets - 1)]
 
-    def call() -> torch.Tensor:
-        return side.gemm(x, weight, algorithm, out)
+    def algorithms(self) -> tuple[Algorithm, ...]:
+        """All that the side offers for this size."""
+        x, packed, _ = self._sets[0]
+        return self.side.algorithms(packed.dtype, x.shape[0], packed.n, packed.k)
 
-    verify.poison(out)
-    terms = weight.k * KEPT // WINDOW if side.sparse else weight.k
-    check = verify.check_gemm(call(), product.exact, product.magnitude, weight.dtype, terms)
-    if not check.ok:
-        raise VerificationError(f"{side.name} {algorithm.name}: check failed: {check.text}")
-    return call, check
+    def calls(self, algorithm: Algorithm) -> list[Call]:
+        """The GEMM on each set of buffers."""
+        return [partial(self.side.gemm, x, packed, algorithm, out) for x, packed, out in self._sets]
+
+    def check(self, algorithm: Algorithm, figures: bool = True) -> Check:
+        """Run once on a poisoned output and compare; 16-bit sums also on operands whose sums are exact.
+
+        `figures`: also say how much of the bound was used (slower).
+        """
+        x, packed, out = self._sets[0]
+        expected = self._product.expected(self.side, packed.k)
+        self.side.gemm(x, packed, algorithm, verify.poison(out))
+        lost_contexts.wait(self.side)
+        if figures or not expected.holds(out):
+            result = expected.check(out)
+            if not result.ok:
+                return result
+        else:
+            result = Check("exact" if packed.dtype is DType.INT8 else "within_bound", "")
+        if self._weight.packed_signs is None:
+            return result
+        x = self._sign_operand
+        self.side.gemm(x, self._weight.packed_signs, algorithm, verify.poison(out))
+        sharp = verify.check_same(out, self._product.exact_signs.to(out.dtype), "exact product of the operands' signs")
+        return Check(result.verified, f"{result.text}; {sharp.text}") if sharp.ok else sharp
+
+    @cached_property
+    def _sign_operand(self) -> torch.Tensor:
+        return self._lift(self._product.sign_codes)
+
+    def candidates(self, losses: LostContexts) -> tuple[list[Candidate], dict[str, str]]:
+        """Algorithms that pass their check, and why others were refused.
+
+        Raises:
+            VerificationError: an algorithm gives a wrong product. The whole point is in doubt.
+            ContextLost: an algorithm has crashed the GPU's context.
+        """
+        good, refused = [], {}
+        dtype = self._product.dtype
+        barred = losses.barred(self.side, dtype)
+        for algorithm in self.algorithms():
+            if algorithm.name in barred:
+                refused[algorithm.name] = f"{algorithm.name} crashed the GPU context in an earlier run"
+                continue
+            try:
+                with losses.guard(self.side, dtype, algorithm.name):
+                    check = self.check(algorithm, figures=self.side.device == "cpu")
+            except UnsupportedHere as error:
+                refused[algorithm.name] = str(error)
+                continue
+            if not check.ok:
+                raise VerificationError(f"{self.side.name} {algorithm.name}: check failed: {check.text}")
+            good.append(Candidate(algorithm, check, self.calls(algorithm)))
+        return good, refused
 
 
 def rank(
-    side: Backend, x: torch.Tensor, weight: Weight, product: Product, stopping: Stopping, clock: Clock
-) -> list[Ranked]:
-    """Check, then time every algorithm: fastest first. One that does not support the size is left out.
+    point: GemmPoint,
+    stopping: Stopping,
+    clock: Clock,
+    seed: int,
+    losses: LostContexts,
+    against: Call | None = None,
+) -> tuple[list[Ranked], Samples | None, int]:
+    """Check all, measure the leaders together: fastest first; samples of the prepared call `against`, taken in the
+    same rounds; and how many passed the check.
 
     Raises:
-        VerificationError: an algorithm gives a wrong product. The whole point is in doubt, so nothing is timed.
+        VerificationError: an algorithm gives a wrong product.
         UnsupportedHere: no algorithm supports the size.
+        ContextLost: an algorithm has crashed the GPU's context.
     """
-    calls = []
-    refusals = []
-    for algorithm in side.algorithms(weight.dtype, x.shape[0], weight.n, weight.k):
-        try:
-            calls.append((algorithm, *checked_call(side, algorithm, x, weight, product)))
-        except UnsupportedHere as error:
-            refusals.append(str(error))
-    if not calls:
-        raise UnsupportedHere(f"{side.name}: no algorithm supports this size ({'; '.join(refusals) or 'none offered'})")
-    ranked = [Ranked(algorithm, call, check, measure(call, stopping, clock)) for algorithm, call, check in calls]
-    return sorted(ranked, key=lambda entry: entry.samples.interval.median)
+    candidates, refused = point.candidates(losses)
+    if not candidates:
+        why = "; ".join(dict.fromkeys(refused.values())) or "none offered"
+        raise UnsupportedHere(f"{point.side.name}: no algorithm supports this size ({why})")
+    chosen = [candidates[place] for place in leading([candidate.calls for candidate in candidates], clock)]
+    calls = [clock.prepare(candidate.calls) for candidate in chosen]
+    timed = measure_together([*calls, against] if against else calls, stopping, clock, seed)
+    ranked = [
+        Ranked(candidate.algorithm, candidate.check, samples) for candidate, samples in zip(chosen, timed, strict=False)
+    ]
+    ranked.sort(key=lambda entry: entry.samples.interval.median)
+    return ranked, timed[-1] if against else None, len(candidates)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from slidesparse import machine as machines
+from slidesparse import records
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
-from slidesparse.errors import DiskError, UnsupportedHere, VerificationError
+from slidesparse.errors import ContextLost, DiskError, UnsupportedHere, VerificationError
 from slidesparse.kernels import operands
-from slidesparse.kernels import reference as ref
-from slidesparse.kernels.backend import Algorithm, Backend, backend
+from slidesparse.kernels.backend import Algorithm, Backend, backend, named
+from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.measure import telemetry
 from slidesparse.measure.book import RowBook, reason_of
-from slidesparse.measure.gemm_point import LayerWeight, Product, Ranked, checked_call, rank
-from slidesparse.measure.telemetry import Telemetry
-from slidesparse.measure.timer import Clock, Pairs, Samples, WallClock, measure_pairs
-from slidesparse.plan import KernelCell, Task, Variant, fingerprint
+from slidesparse.measure.clocks import clock_of
+from slidesparse.measure.gemm_point import GemmPoint, LayerWeight, Product, Ranked, rank
+from slidesparse.measure.telemetry import measured_unthrottled
+from slidesparse.measure.timer import Call, Clock, ratio
+from slidesparse.plan import SQUARE, KernelCell, Task, Variant, fingerprint
 from slidesparse.progress import Bar, track
 from slidesparse.rows import BEST, KernelDenseRow, KernelRow
 from slidesparse.run import Outcome, Run
@@ -60,15 +64,16 @@ class _Table:
     ) -> None:
         self._run, self._model, self._dtype, self._variant, self._cells = run, model, dtype, variant, cells
         self._outcome, self._twins = outcome, twins
-        self._clock: Clock = WallClock()
         self._probe = telemetry.probe(run.machine)
         self._stopping: Stopping = run.plan.profile.kernel.stopping
         self._seed = run.plan.profile.seed
         self._versions = kernel_versions()
+        self._losses = LostContexts.open(run.tree.lost_contexts, self._versions)
         self._folder = run.plan.checkpoint_folder(model, dtype, variant)
+        """Of a model that has no such checkpoint (16-bit types, square shapes): not there, so weights are random."""
         self._source = ""
         """`random`, or the fingerprint of the checkpoint that weights come from; known once the first cell asks."""
-        self._weights: dict[tuple[str, str], LayerWeight] = {}
+        self._weights: dict[tuple[str, str, int, int], LayerWeight] = {}
         self._row: type[KernelRow] = KernelDenseRow if variant.sparsity is None else KernelRow
 
     def measure(self, bar: Bar) -> None:
@@ -91,8 +96,7 @@ class _Table:
         dense = self._run.plan.profile.backends.dense[0]
         columns = _columns(cell) | {"fingerprint": "", "emulation": side.emulation}
         try:
-            if not self._source:
-                self._source = Checkpoint.open(self._folder).fingerprint() if self._folder.exists() else "random"
+            self._source = self._source or _source(self._folder)
             conditions = fingerprint(cell, self._stopping, self._seed, self._source, dense, self._versions)
             columns["fingerprint"] = conditions
             if book.done(_key(cell), conditions):
@@ -102,7 +106,7 @@ class _Table:
             columns |= self._point(cell, side)
             row = self._row(**(columns | self._run.stamp()))
             self._outcome.ok += 1
-        except DiskError:
+        except (DiskError, ContextLost):
             raise
         except UnsupportedHere as error:
             self._skip(cell, str(error), book)
@@ -126,66 +130,85 @@ class _Table:
 
     def _point(self, cell: KernelCell, side: Backend) -> dict[str, Any]:
         """Measured columns. Raises VerificationError when an algorithm is wrong."""
-        weight = self._weight(cell, side)
-        product = Product.make(weight.plain, cell.dtype, cell.m, self._seed)
         sparsity = cell.variant.sparsity
-        x = product.codes if sparsity is None else ref.lift(product.codes, sparsity)
-        with Telemetry(self._probe) as watch:
-            ranked = rank(side, x, weight.packed, product, self._stopping, self._clock)
-            samples, columns = ranked[0].samples, {}
-            if sparsity is not None:
-                pairs, twin_path = self._against_dense(cell, product, weight, ranked[0])
-                samples = pairs.second
-                columns = {
-                    "dense_us": pairs.first.interval.median * 1e6,
-                    "dense_path": twin_path,
-                    "speedup": pairs.ratio.median,
-                    "speedup_low": pairs.ratio.low,
-                    "speedup_high": pairs.ratio.high,
-                    "speedup_bound": sparsity.speedup_bound,
-                }
+        weight = self._weight(cell, side)
+        product = Product(weight.plain, cell.dtype, cell.m, self._seed)
+        point = GemmPoint(side, weight, product, sparsity)
+        twin = None if sparsity is None else self._twin(cell, product, weight)
+        clock = clock_of(side)
+        other = None if twin is None else twin[1]
+        (ranked, against, count), watched = measured_unthrottled(
+            self._probe, lambda: rank(point, self._stopping, clock, self._seed, self._losses, other)
+        )
         best = ranked[0]
+        check = point.check(best.algorithm)
+        columns: dict[str, Any] = {}
+        if sparsity is not None and twin is not None and against is not None:
+            speedup = ratio(against, best.samples)
+            columns = {
+                "dense_us": against.interval.median * 1e6,
+                "dense_path": twin[0],
+                "speedup": speedup.median,
+                "speedup_low": speedup.low,
+                "speedup_high": speedup.high,
+                "speedup_bound": sparsity.speedup_bound,
+            }
         return {
             **columns,
-            **_best_columns(ranked, samples, 2.0 * cell.m * cell.n * weight.packed.k),
-            **samples.columns(1e6),
-            **watch.columns(),
-            "alg_count": len(ranked),
+            **_best_columns(ranked, 2.0 * cell.m * cell.n * weight.packed.k),
+            **best.samples.columns(1e6),
+            **watched,
+            "alg_count": count,
             "algorithm": best.algorithm.name,
             "path": side.path(cell.dtype, best.algorithm),
             "data": weight.data,
-            "verified": best.check.verified,
-            "check": f"all {len(ranked)} algorithms: {best.check.text}",
+            "verified": check.verified,
+            "check": f"all {count} algorithms; the best: {check.text}",
         }
 
-    def _against_dense(
-        self, cell: KernelCell, product: Product, weight: LayerWeight, best: Ranked
-    ) -> tuple[Pairs, str]:
-        """Time the best sparse algorithm and the best dense one alternately, on the same product."""
+    def _twin(self, cell: KernelCell, product: Product, weight: LayerWeight) -> tuple[str, Call]:
+        """Path and prepared call of the best dense algorithm on the same product, checked."""
         dense = backend(self._run.plan.profile.backends.dense[0])
         dense.require(self._run.machine, cell.dtype)
-        twin = self._weights.get((dense.name, cell.layer))
-        if twin is None:
-            twin = LayerWeight.pack(weight.plain, weight.data, cell.dtype, None, dense, cell.layer)
-            self._weights[(dense.name, cell.layer)] = twin
+        key = (dense.name, cell.layer, cell.n, cell.k)
+        if key not in self._weights:
+            self._weights[key] = LayerWeight.pack(weight.plain, weight.data, cell.dtype, None, dense, cell.layer)
+        point = GemmPoint(dense, self._weights[key], product, None)
         place = (cell.model, cell.dtype, cell.layer, cell.m)
+        clock = clock_of(dense)
         if place not in self._twins:
-            ranked = rank(dense, product.codes, twin.packed, product, self._stopping, self._clock)
-            self._twins[place] = ranked[0].algorithm
+            self._twins[place] = self._of_task_6(cell, dense, point) or self._fastest(point, clock)
         algorithm = self._twins[place]
-        call, _ = checked_call(dense, algorithm, product.codes, twin.packed, product)
-        pairs = measure_pairs(call, best.call, self._stopping, self._clock, self._seed)
-        return pairs, dense.path(cell.dtype, algorithm)
+        check = point.check(algorithm)
+        if not check.ok:
+            raise VerificationError(f"{dense.name} {algorithm.name}: check failed: {check.text}")
+        return dense.path(cell.dtype, algorithm), clock.prepare(point.calls(algorithm))
+
+    def _fastest(self, point: GemmPoint, clock: Clock) -> Algorithm:
+        return rank(point, self._stopping, clock, self._seed, self._losses)[0][0].algorithm
+
+    def _of_task_6(self, cell: KernelCell, dense: Backend, point: GemmPoint) -> Algorithm | None:
+        """The winner of the same point in the dense task, if its row is there and made with the same libraries."""
+        twin = replace(cell, variant=Variant(dense.name))
+        frame = records.read(self._run.tree.kernel(cell.model, cell.dtype, twin.variant))
+        source = _source(self._run.plan.checkpoint_folder(cell.model, cell.dtype, twin.variant))
+        conditions = fingerprint(twin, self._stopping, self._seed, source, dense.name, self._versions)
+        if not records.done_in(frame, _key(twin), conditions):
+            return None
+        rows = frame[(frame["M"] == twin.m) & (frame["N"] == twin.n) & (frame["K"] == twin.k)]
+        return named(point.algorithms(), str(rows["algorithm"].iloc[-1]))
 
     def _weight(self, cell: KernelCell, side: Backend) -> LayerWeight:
-        key = (side.name, cell.layer)
+        key = (side.name, cell.layer, cell.n, cell.k)
         if key not in self._weights:
             sparsity = cell.variant.sparsity
             if self._source == "random":
-                plain = operands.random_weight(cell.n, cell.k, cell.dtype, sparsity, self._seed)
+                plain = operands.random_weight(cell.n, cell.k, cell.dtype, sparsity, self._seed, side.device)
             else:
                 plain = operands.model_weight(self._folder, cell.layer, (cell.n, cell.k), sparsity)
             data = "random" if self._source == "random" else "model"
+            if cell.model == SQUARE:
+                self._weights.clear()  # each size comes once, and the large ones are gigabytes
             self._weights[key] = LayerWeight.pack(plain, data, cell.dtype, sparsity, side, cell.layer)
         return self._weights[key]
 
@@ -200,14 +223,14 @@ class _Table:
         compute = "cc0" if host.gpu is None else "cc{}{}".format(*host.gpu.compute_capability)
         packages = machines.package_versions()
         stopping = self._stopping
-        out = "INT32" if self._dtype is DType.INT8 else "FP32"
+        out = "none" if side is None else str(side.output(self._dtype)).removeprefix("torch.").upper()
         lines = [
             f"GPU: {'none, CPU emulation: ' + host.cpu if host.gpu is None else host.gpu.name}",
             f"CC: {compute}",
-            "Mode: model",
-            f"Model: {self._model}-{self._dtype.suffix}",
+            f"Mode: {'square' if self._model == SQUARE else 'model'}",
+            f"Model: {self._model}" if self._model == SQUARE else f"Model: {self._model}-{self._dtype.suffix}",
             f"Backend: {self._variant.backend}",
-            f"dtype: {self._dtype.value} -> {out} (like for like: dense and sparse give the accumulator)",
+            f"dtype: {self._dtype.value} -> {out} (like for like: dense and sparse write the same type)",
             f"alg_count: {count}",
             f"torch: {packages.get('torch', 'unknown')}",
             f"CUDA runtime: {host.cuda or 'none'}",
@@ -219,6 +242,11 @@ class _Table:
         if sparsity is not None:
             lines.append(f"Sparsity: {sparsity.slug} (K_factor={sparsity.expansion:.3f})")
         return [*lines, f"Run: {run.run_id}", f"Time: {datetime.now(UTC).isoformat(timespec='seconds')}"]
+
+
+def _source(folder: Path) -> str:
+    """`random`, or the fingerprint of the checkpoint that weights come from."""
+    return Checkpoint.open(folder).fingerprint() if folder.exists() else "random"
 
 
 def _lifted(cell: KernelCell) -> int:
@@ -240,11 +268,11 @@ def _columns(cell: KernelCell) -> dict[str, Any]:
     }
 
 
-def _best_columns(ranked: list[Ranked], best: Samples, operations: float) -> dict[str, Any]:
-    """The published columns of the best three. `best`: samples of the first (from the interleaved run if sparse)."""
+def _best_columns(ranked: list[Ranked], operations: float) -> dict[str, Any]:
+    """The published columns of the best three."""
     columns: dict[str, Any] = {}
     for place, entry in enumerate(ranked[:BEST], start=1):
-        seconds = (best if place == 1 else entry.samples).interval.median
+        seconds = entry.samples.interval.median
         columns |= {
             f"tops_{place}": operations / seconds / 1e12,
             f"lat_us_{place}": seconds * 1e6,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from types import ModuleType, TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
@@ -23,6 +25,11 @@ THROTTLE_REASONS = {
     0x80: "power brake",
 }
 """NVML clocks-event bits that mean slower than asked for (nvml.h, nvmlClocksEventReason*); idle is not one."""
+
+HARD_THROTTLE = 0x8 | 0x20 | 0x40 | 0x80
+"""All but the power cap."""
+COOL_DOWN_S = 5.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,15 +131,20 @@ class Telemetry:
 
     def columns(self) -> dict[str, Any]:
         """The columns of a timed row: median clock and power, highest temperature, every throttle reason seen."""
-        bits = 0
-        for sample in self._samples:
-            bits |= sample.throttle
         return {
             "clock_mhz": _known(median, [sample.clock_mhz for sample in self._samples]),
             "power_w": _known(median, [sample.power_w for sample in self._samples]),
             "temperature_c": _known(max, [sample.temperature_c for sample in self._samples]),
-            "throttle": ", ".join(name for bit, name in THROTTLE_REASONS.items() if bits & bit),
+            "throttle": ", ".join(name for bit, name in THROTTLE_REASONS.items() if self.bits & bit),
         }
+
+    @property
+    def bits(self) -> int:
+        """Every throttle reason that a sample saw."""
+        bits = 0
+        for sample in self._samples:
+            bits |= sample.throttle
+        return bits
 
     def _watch(self, period_s: float) -> None:
         while not self._stop.wait(period_s):
@@ -141,6 +153,22 @@ class Telemetry:
     def _take(self) -> None:
         self._samples.append(self.device.read())
         self.peak_rss_mib = max(self.peak_rss_mib, psutil.Process().memory_info().rss / 2**20)
+
+
+def measured_unthrottled(device: Probe, measure: Callable[[], T]) -> tuple[T, dict[str, Any]]:
+    """What `measure` gives, and the telemetry columns while it ran.
+
+    The rule for throttled samples: a power cap is how a GPU normally limits itself under load, so such samples count
+    and the row names it. Anything hotter or harder (`HARD_THROTTLE`) is waited out and measured again, once; if it
+    comes back, the row keeps the mark.
+    """
+    for attempt in range(2):
+        with Telemetry(device) as watch:
+            result = measure()
+        if attempt or not watch.bits & HARD_THROTTLE:
+            break
+        time.sleep(COOL_DOWN_S)
+    return result, watch.columns()
 
 
 def _known(summary: Any, values: list[float]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -21,30 +21,54 @@ from slidesparse.measure.statistics import Interval
 Stop = Literal["interval", "time cap", "sample cap"]
 EVERY_SAMPLE = 32
 """Up to this count the interval is looked at after every sample."""
+FINALISTS = 4
+"""Where there are more candidates than this, a quick look picks so many to be measured."""
+STEADY_WINDOWS = 10
+"""Windows of warm-up after which a machine that does not settle is measured all the same; its spread shows it."""
 SHORTEST_S = 1e-9
 """A clock that shows no time at all has not seen the call; logarithms need more than 0."""
 
 
+Call = Callable[[], object]
+
+
 class Clock(Protocol):
-    """Times one call. A CUDA-event clock implements the same two methods."""
+    """Times calls, on the host (`WallClock`) or on a GPU (`cuda_clock.CudaClock`)."""
+
+    batch: int
+    """Rounds that are handed over at once, so that a device never waits for the host."""
 
     def now(self) -> float:
         """Seconds on a monotonic scale, for warm-up and caps."""
 
-    def time(self, call: Callable[[], object]) -> float:
-        """Seconds that one call takes."""
+    def prepare(self, calls: Sequence[Call], brief: bool = False) -> Call:
+        """One call to time, which stands for `calls`: the same work on different buffers, beyond the caches.
+
+        `brief`: for a quick look, each once.
+        """
+
+    def times(self, calls: Sequence[Call]) -> list[float]:
+        """Seconds that each of these prepared calls takes, run one after the other."""
 
 
 class WallClock:
     """`perf_counter_ns`: for code that has finished when it returns."""
 
+    batch = 1
+
     def now(self) -> float:
         return time.perf_counter_ns() * 1e-9
 
-    def time(self, call: Callable[[], object]) -> float:
-        start = time.perf_counter_ns()
-        call()
-        return (time.perf_counter_ns() - start) * 1e-9
+    def prepare(self, calls: Sequence[Call], brief: bool = False) -> Call:
+        return calls[0]
+
+    def times(self, calls: Sequence[Call]) -> list[float]:
+        seconds = []
+        for call in calls:
+            start = time.perf_counter_ns()
+            call()
+            seconds.append((time.perf_counter_ns() - start) * 1e-9)
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -82,23 +106,62 @@ class Samples:
         }
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Two calls timed side by side."""
-
-    first: Samples
-    second: Samples
-    ratio: Interval
-    """Median of first / second."""
+def measure(call: Call, stopping: Stopping, clock: Clock) -> Samples:
+    """Time one prepared call until the stopping rule is met."""
+    return measure_together([call], stopping, clock, 0)[0]
 
 
-def measure(call: Callable[[], object], stopping: Stopping, clock: Clock) -> Samples:
-    """Time a call until the stopping rule is met."""
-    return collect(lambda: clock.time(call), stopping, clock)
+def measure_together(calls: Sequence[Call], stopping: Stopping, clock: Clock, seed: int) -> list[Samples]:
+    """Time prepared calls side by side, in random order in each round, so that drift hits all alike.
+
+    Sample i of each belongs to round i: `ratio` pairs them. Stops by `interval` when the median of the fastest call,
+    and the ratio of the last call to it, are narrow enough. `cap_s` is for all together.
+    """
+    order = random.Random(seed)
+    values: list[list[float]] = [[] for _ in calls]
+
+    def rounds() -> float:
+        places = [order.sample(range(len(calls)), len(calls)) for _ in range(clock.batch)]
+        flat = [place for round_ in places for place in round_]
+        for place, seconds in zip(flat, clock.times([calls[place] for place in flat]), strict=True):
+            values[place].append(max(seconds, SHORTEST_S))
+        return sum(own[-1] for own in values)
+
+    warmup_s = _warm_up(rounds, stopping, clock)
+    for own in values:
+        own.clear()
+    start = clock.now()
+
+    def narrow() -> bool:
+        best = min(values, key=lambda own: statistics.percentile(own, 50))
+        widths = statistics.median_interval(best).rel, statistics.paired_ratio(values[-1], best).rel
+        return max(widths) <= stopping.ci_rel
+
+    stop: Stop | None = None
+    while stop is None:
+        rounds()
+        stop = _stop(len(values[0]), clock.now() - start, stopping, narrow)
+    seconds = clock.now() - start
+    return [Samples(tuple(own), stop, warmup_s, seconds) for own in values]
+
+
+def ratio(numerator: Samples, denominator: Samples) -> Interval:
+    """Median of the round-by-round ratios of two calls that were measured together."""
+    return statistics.paired_ratio(numerator.values, denominator.values)
+
+
+def leading(candidates: Sequence[Sequence[Call]], clock: Clock, count: int = FINALISTS, rounds: int = 3) -> list[int]:
+    """Places of the candidates worth measuring: all of a few, else those that lead a quick look of some rounds."""
+    if len(candidates) <= count:
+        return list(range(len(candidates)))
+    prepared = [clock.prepare(calls, brief=True) for calls in candidates]
+    taken = [clock.times(prepared) for _ in range(rounds + 1)][1:]
+    seconds = [statistics.percentile(column, 50) for column in zip(*taken, strict=True)]
+    return sorted(range(len(candidates)), key=seconds.__getitem__)[:count]
 
 
 def collect(sample: Callable[[], float], stopping: Stopping, clock: Clock) -> Samples:
-    """As `measure`, for a `sample` that times itself and returns seconds."""
+    """Samples of something that times itself: each call of `sample` returns the seconds of one."""
     warmup_s = _warm_up(sample, stopping, clock)
     values: list[float] = []
     start = clock.now()
@@ -113,50 +176,23 @@ def collect(sample: Callable[[], float], stopping: Stopping, clock: Clock) -> Sa
     return Samples(tuple(values), stop, warmup_s, clock.now() - start)
 
 
-def measure_pairs(
-    first: Callable[[], object], second: Callable[[], object], stopping: Stopping, clock: Clock, seed: int
-) -> Pairs:
-    """Time two calls alternately, in random order within each pair, so that drift hits both alike.
+def _warm_up(sample: Callable[[], float], stopping: Stopping, clock: Clock) -> float:
+    """At least one sample, thrown away: code is loaded, caches have settled, and so has the clock rate.
 
-    Stops by `interval` when both the second call's median and the ratio are narrow enough. `cap_s` is for both.
+    With `steady_rel` it goes on, in windows of `warmup_s`, until the medians of two windows that follow each other
+    agree: a GPU that has rested runs faster than it can go on running (H200: up to 20 % for 100 ms).
     """
-    order = random.Random(seed)
-    ones: list[float] = []
-    twos: list[float] = []
-
-    def pair() -> float:
-        if order.random() < 0.5:
-            one, two = clock.time(first), clock.time(second)
-        else:
-            two, one = clock.time(second), clock.time(first)
-        ones.append(max(one, SHORTEST_S))
-        twos.append(max(two, SHORTEST_S))
-        return one + two
-
-    warmup_s = _warm_up(pair, stopping, clock)
-    ones.clear()
-    twos.clear()
     start = clock.now()
-
-    def narrow() -> bool:
-        own, ratio = statistics.median_interval(twos), statistics.paired_ratio(ones, twos)
-        return max(own.rel, ratio.rel) <= stopping.ci_rel
-
-    stop: Stop | None = None
-    while stop is None:
-        pair()
-        stop = _stop(len(ones), clock.now() - start, stopping, narrow)
-    seconds = clock.now() - start
-    a, b = (Samples(tuple(values), stop, warmup_s, seconds) for values in (ones, twos))
-    return Pairs(a, b, statistics.paired_ratio(ones, twos))
-
-
-def _warm_up(sample: Callable[[], object], stopping: Stopping, clock: Clock) -> float:
-    """At least one sample, thrown away: code is loaded, caches and clocks have settled."""
-    start = clock.now()
-    sample()
-    while clock.now() - start < stopping.warmup_s:
-        sample()
+    before = 0.0
+    for _ in range(STEADY_WINDOWS):
+        opened = clock.now()
+        window = [sample()]
+        while clock.now() - opened < stopping.warmup_s:
+            window.append(sample())
+        median = statistics.percentile(window, 50)
+        if stopping.steady_rel is None or abs(median - before) <= stopping.steady_rel * median:
+            break
+        before = median
     return clock.now() - start
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from slidesparse.errors import DiskError, UnsupportedHere
+from slidesparse.errors import ContextLost, DiskError, UnsupportedHere
 from slidesparse.kernels.backend import Backend, backend
+from slidesparse.kernels.lost_contexts import LostContexts
+from slidesparse.kernels.verify import Check
 from slidesparse.measure import telemetry
 from slidesparse.measure.book import RowBook, reason_of
-from slidesparse.measure.telemetry import Telemetry
-from slidesparse.measure.timer import WallClock, measure
+from slidesparse.measure.clocks import clock_of
+from slidesparse.measure.telemetry import measured_unthrottled
+from slidesparse.measure.timer import leading, measure_together
 from slidesparse.plan import Task, TuneCell, fingerprint
 from slidesparse.progress import track
 from slidesparse.rows import TuneRow
@@ -48,7 +51,8 @@ class _Tuner:
     def __init__(self, run: Run, store: TuningStore, book: RowBook, outcome: Outcome) -> None:
         self._run, self._store, self._book, self._outcome = run, store, book, outcome
         self._benches: dict[str, Workbench] = {}
-        self._clock, self._probe = WallClock(), telemetry.probe(run.machine)
+        self._probe = telemetry.probe(run.machine)
+        self._losses = LostContexts.open(run.tree.lost_contexts, store.versions)
         self._stopping = run.plan.profile.tune.stopping
 
     def tune(self, cell: TuneCell) -> None:
@@ -68,8 +72,8 @@ class _Tuner:
             return
         try:
             bench = self._benches.setdefault(chosen.name, Workbench(chosen, cell.dtype, seed))
-            rows = [self._measure(cell, candidate, chosen, conditions) for candidate in bench.candidates(cell)]
-        except DiskError:
+            rows = self._measure(cell, bench.candidates(cell), chosen, conditions)
+        except (DiskError, ContextLost):
             raise
         except Exception as error:
             self._run.log.exception("tune %s", cell)
@@ -78,34 +82,47 @@ class _Tuner:
             return
         self._keep(cell, key, rows)
 
-    def _measure(self, cell: TuneCell, candidate: Candidate, chosen: Backend, conditions: str) -> TuneRow:
-        columns = _columns(cell) | self._run.stamp() | {"fingerprint": conditions}
-        columns |= {
-            "algorithm": candidate.algorithm.name,
-            "alg_id": candidate.algorithm.alg_id,
-            "config": candidate.algorithm.config,
-            "path": candidate.path,
-            "emulation": chosen.emulation,
-        }
-        try:
-            check = candidate.check()
-            columns |= {"verified": check.verified, "check": check.text}
-            if not check.ok:
-                self._run.log.error("tune %s, %s: %s", cell, candidate.algorithm.name, check.text)
-                return TuneRow(**columns, status="failed", reason=f"check failed: {check.text}")
-            with Telemetry(self._probe) as watch:
-                samples = measure(candidate.call, self._stopping, self._clock)
-        except DiskError:
-            raise
-        except Exception as error:
-            self._run.log.exception("tune %s, %s", cell, candidate.algorithm.name)
-            return TuneRow(**columns, status="failed", reason=reason_of(error))
-        return TuneRow(
-            **columns,
-            **samples.columns(1e6),
-            **watch.columns(),
-            lat_us=samples.interval.median * 1e6,
-        )
+    def _measure(self, cell: TuneCell, candidates: list[Candidate], chosen: Backend, conditions: str) -> list[TuneRow]:
+        """Check all, take a quick look if there are many, measure the leaders together."""
+        common = _columns(cell) | {"fingerprint": conditions, "emulation": chosen.emulation}
+        good: list[tuple[Candidate, Check]] = []
+        rows = []
+        for candidate in candidates:
+            try:
+                with self._losses.guard(chosen, cell.dtype, candidate.algorithm.name):
+                    check = self._check(cell, candidate, chosen)
+            except (DiskError, ContextLost):
+                raise
+            except Exception as error:
+                self._run.log.exception("tune %s, %s", cell, candidate.algorithm.name)
+                columns = common | _identity(candidate) | self._run.stamp()
+                rows.append(TuneRow(**columns, status="failed", reason=reason_of(error)))
+                continue
+            if check.ok:
+                good.append((candidate, check))
+                continue
+            self._run.log.error("tune %s, %s: %s", cell, candidate.algorithm.name, check.text)
+            columns = common | _identity(candidate) | {"verified": check.verified, "check": check.text}
+            reason = f"check failed: {check.text}"
+            rows.append(TuneRow(**columns, **self._run.stamp(), status="failed", reason=reason))
+        if not good:
+            return rows
+        clock = clock_of(chosen)
+        leaders = leading([candidate.calls for candidate, _ in good], clock)
+        calls = [clock.prepare(good[place][0].calls) for place in leaders]
+        seed = self._run.plan.profile.seed
+        timed, watched = measured_unthrottled(self._probe, lambda: measure_together(calls, self._stopping, clock, seed))
+        for place, samples in zip(leaders, timed, strict=True):
+            candidate, check = good[place]
+            columns = common | _identity(candidate) | self._run.stamp() | samples.columns(1e6) | watched
+            columns |= {"verified": check.verified, "check": check.text or "every element checked"}
+            rows.append(TuneRow(**columns, lat_us=samples.interval.median * 1e6, candidates=len(candidates)))
+        return rows
+
+    def _check(self, cell: TuneCell, candidate: Candidate, chosen: Backend) -> Check:
+        if candidate.algorithm.name in self._losses.barred(chosen, cell.dtype):
+            raise UnsupportedHere("it crashed the GPU context in an earlier run")
+        return candidate.check()
 
     def _keep(self, cell: TuneCell, key: Key, rows: list[TuneRow]) -> None:
         """Failed rows first and the winner last: the cell's last row says whether it is done."""
@@ -134,6 +151,15 @@ class _Tuner:
 def _cell_key(cell: TuneCell) -> dict[str, object]:
     columns = _columns(cell)
     return {name: columns[name] for name in ("operation", "backend", "sparsity", "M", "N", "K")}
+
+
+def _identity(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "algorithm": candidate.algorithm.name,
+        "alg_id": candidate.algorithm.alg_id,
+        "config": candidate.algorithm.config,
+        "path": candidate.path,
+    }
 
 
 def _columns(cell: TuneCell) -> dict[str, Any]:

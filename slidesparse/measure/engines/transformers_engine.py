@@ -23,7 +23,6 @@ from slidesparse.kernels.verify import Check
 from slidesparse.machine import Machine, package_versions
 from slidesparse.measure.engines.base import DecodeResult, StepResult
 from slidesparse.measure.engines.model import bias_of, build, plain_codes, reference_model
-from slidesparse.pattern import KEPT, WINDOW
 from slidesparse.plan import Phase, Variant
 from slidesparse.tuning.store import TuningStore
 
@@ -208,9 +207,9 @@ class TransformersSession:
             assert isinstance(module, W8A8Linear)
             x, y = inputs[0].reshape(-1, module.k), y.reshape(-1, module.n)
             rows = torch.linspace(0, x.shape[0] - 1, min(CHECKED_ROWS, x.shape[0])).long()
-            terms = module.weight.k * KEPT // WINDOW if module.backend.sparse else module.k
+            error, _ = module.backend.accumulation_error(self._dtype, module.weight.k)
             codes = plain_codes(self._checkpoint, module.name, module.k)
-            found = verify.check_linear(x[rows], y[rows], codes, module.scale, module.bias, self._dtype, terms)
+            found = verify.check_linear(x[rows], y[rows], codes, module.scale, module.bias, self._dtype, error)
             checks.append(Check(found.verified, found.text if found.ok else f"{module.name}: {found.text}"))
 
         handles = [linear.register_forward_hook(check) for linear in self._linears]

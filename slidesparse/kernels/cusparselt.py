@@ -1,0 +1,94 @@
+"""Backend `cusparselt`: 2:4 sparse GEMMs by cuSPARSELt. It fuses no per-token scales: dequantise + bias follows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from slidesparse.dtypes import DType
+from slidesparse.errors import CheckpointError, UnsupportedHere
+from slidesparse.kernels import gemm_library, gpu
+from slidesparse.kernels.backend import Activations, Algorithm, Backend, Weight
+from slidesparse.kernels.gemm_library import PLAIN, GemmAlgorithm, Problem
+from slidesparse.kernels.gpu_activations import TritonActivations
+from slidesparse.machine import Machine
+from slidesparse.pattern import K_ALIGNMENT, KEPT, WINDOW
+
+ANY_M = 64
+"""The compressed form does not depend on M: any serves to make it."""
+
+
+class CusparseLt(Backend):
+    """`Weight.data`: cuSPARSELt's compressed form, uint8."""
+
+    name = "cusparselt"
+    sparse = True
+    emulation = False
+    device = "cuda"
+    activations: Activations = TritonActivations()
+
+    def require(self, machine: Machine, dtype: DType) -> None:
+        gpu.require(self.name, machine, dtype)
+        gemm_library.load()
+
+    def algorithms(self, dtype: DType, m: int, n: int, k: int) -> tuple[Algorithm, ...]:
+        return tuple(_described(found) for found in self._listed(self._problem(dtype, m, n, k)).values())
+
+    def output(self, dtype: DType) -> torch.dtype:
+        return gpu.output(dtype)
+
+    def accumulation_error(self, dtype: DType, terms: int) -> tuple[float, str]:
+        return gpu.accumulation_error(dtype, terms * KEPT // WINDOW)
+
+    def norm_error(self, dtype: DType) -> float:
+        return gpu.norm_error(dtype)
+
+    def pack(self, codes: torch.Tensor, dtype: DType, layer: str) -> Weight:
+        n, k = codes.shape
+        if k % K_ALIGNMENT:
+            raise CheckpointError(f"{layer}: {k} columns; 2:4 needs a multiple of {K_ALIGNMENT}: lift the weight first")
+        on_gpu = codes.to(self.device).contiguous()
+        _require_two_of_four(on_gpu, layer)
+        compressed = gemm_library.load().compress(self._problem(dtype, ANY_M, n, k), on_gpu)
+        return Weight(n, k, dtype, compressed, compressed.nbytes)
+
+    def gemm(self, x: torch.Tensor, weight: Weight, algorithm: Algorithm, out: torch.Tensor) -> torch.Tensor:
+        from slidesparse.kernels import gemm_ops
+
+        problem = self._problem(weight.dtype, x.shape[0], weight.n, weight.k)
+        found = self._listed(problem).get(algorithm.name)
+        if found is None:
+            raise UnsupportedHere(f"cusparselt has no algorithm {algorithm.name} for {problem}")
+        gemm_ops.sparse_gemm(x, weight.data, out, found.alg_id, found.split_k, found.workspace)
+        return out
+
+    def path(self, dtype: DType, algorithm: Algorithm) -> str:
+        return f"cusparselt {algorithm.name} ({algorithm.config}), {gpu.types(dtype)}"
+
+    def _problem(self, dtype: DType, m: int, n: int, k: int) -> Problem:
+        return Problem(m, n, k, dtype.torch, self.output(dtype), PLAIN)
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def _listed(problem: Problem) -> dict[str, GemmAlgorithm]:
+        found = gemm_library.load().sparse_algorithms(problem)
+        return {f"{algorithm.alg_id}.s{algorithm.split_k}": algorithm for algorithm in found}
+
+
+def _described(found: GemmAlgorithm) -> Algorithm:
+    split = "segment-K" if found.split_k == -1 else f"split-K {found.split_k}"
+    return Algorithm(found.alg_id, f"{found.alg_id}.s{found.split_k}", split, found.split_k, found.workspace)
+
+
+def _require_two_of_four(codes: torch.Tensor, layer: str) -> None:
+    """The library would drop what is too much without a word. -0 of a float type is a zero."""
+    nonzero = codes.float() != 0 if codes.dtype.is_floating_point else codes != 0
+    bad = nonzero.unflatten(1, (-1, WINDOW)).sum(dim=2) > KEPT
+    if bool(bad.any()):
+        row, window = (int(i) for i in bad.nonzero()[0])
+        first = window * WINDOW
+        raise CheckpointError(
+            f"{layer}: row {row}, columns {first} to {first + WINDOW - 1} of the lifted weight: more than {KEPT} "
+            f"non-zeros, so it is not 2:4; lift the weight again"
+        )

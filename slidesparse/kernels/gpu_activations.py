@@ -1,0 +1,44 @@
+"""The Triton kernels as the activations of a backend; every launch of theirs is an algorithm."""
+
+from __future__ import annotations
+
+import torch
+
+from slidesparse.dtypes import DType
+from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm
+from slidesparse.pattern import Sparsity
+
+
+class TritonActivations(Activations):
+    """Shared by the GPU backends. Triton is imported when first used: without it everything else still runs."""
+
+    name = "triton"
+
+    def algorithms(self, operation: ActivationOperation, dtype: DType) -> tuple[Algorithm, ...]:
+        from slidesparse.kernels import triton_activations as kernels
+
+        launches = kernels.DEQUANTISE_LAUNCHES if operation == "dequantise_bias" else kernels.QUANTISE_LAUNCHES
+        return tuple(Algorithm(place, str(launch)) for place, launch in enumerate(launches))
+
+    def quantise(
+        self, x: torch.Tensor, dtype: DType, sparsity: Sparsity | None, algorithm: Algorithm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from slidesparse.kernels import triton_activations as kernels
+
+        return kernels.quantise_lift(x, dtype, sparsity, kernels.QUANTISE_LAUNCHES[algorithm.alg_id])
+
+    def dequantise_bias(
+        self,
+        acc: torch.Tensor,
+        scale_token: torch.Tensor,
+        scale_channel: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+        algorithm: Algorithm,
+    ) -> torch.Tensor:
+        from slidesparse.kernels import triton_activations as kernels
+
+        if out_dtype is not torch.bfloat16:
+            raise ValueError(f"the Triton kernel writes bfloat16, not {out_dtype}")
+        launch = kernels.DEQUANTISE_LAUNCHES[algorithm.alg_id]
+        return kernels.dequantise_bias(acc, scale_token, scale_channel, bias, launch)

@@ -1,0 +1,24 @@
+"""Which clock times a backend's work, and on how many sets of buffers."""
+
+from __future__ import annotations
+
+from slidesparse.kernels.backend import Backend
+from slidesparse.measure.timer import Clock, WallClock
+
+
+def clock_of(side: Backend) -> Clock:
+    """CUDA events for a GPU, else the wall clock."""
+    if side.device == "cuda":
+        from slidesparse.measure.cuda_clock import CudaClock
+
+        return CudaClock()
+    return WallClock()
+
+
+def buffer_sets(side: Backend, bytes_per_set: int) -> int:
+    """Sets of buffers that calls take turns with. The CPU backends are timed on one: warm caches, as documented."""
+    if side.device == "cuda":
+        from slidesparse.measure.cuda_clock import sets_beyond_l2
+
+        return sets_beyond_l2(bytes_per_set)
+    return 1

@@ -1,0 +1,93 @@
+"""GPU time: CUDA graphs between CUDA events, so that neither Python nor the launch of a kernel is part of a sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slidesparse.measure.timer import Call
+
+SAMPLE_S = 300e-6
+"""A sample repeats its calls until it lasts about this long: events resolve half a microsecond."""
+MOST_LAUNCHES = 2000
+HEAD_START_CYCLES = 60_000
+"""The device idles this long (about 40 us) before each batch, so that the host has handed all of it over by then."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Captured launches; calling it replays them."""
+
+    graph: Any
+    launches: int
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+class CudaClock:
+    """Times calls that launch kernels on the current device.
+
+    `prepare` captures them in a CUDA graph, over and over until a sample is long enough; `times` gives seconds a call.
+    Calls must be safe to capture: no allocation outside torch's allocator, no synchronisation.
+    """
+
+    batch = 4
+
+    def now(self) -> float:
+        return time.perf_counter_ns() * 1e-9
+
+    def prepare(self, calls: Sequence[Call], brief: bool = False) -> Graph:
+        calls[0]()  # plans, compiled kernels
+        once = _capture(calls, 1)
+        if brief:
+            return once
+        seconds = self.times([once, once])[1] * once.launches
+        repeats = min(int(SAMPLE_S / max(seconds, 1e-7)), MOST_LAUNCHES // len(calls))
+        return once if repeats <= 1 else _capture(calls, repeats)
+
+    def times(self, calls: Sequence[Call]) -> list[float]:
+        """Seconds of one launch of each. Raises ValueError for calls that `prepare` has not made."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        events[0].record()
+        for call, end in zip(calls, events[1:], strict=True):
+            call()
+            end.record()
+        events[-1].synchronize()
+        seconds = []
+        for call, start, end in zip(calls, events, events[1:], strict=False):
+            if not isinstance(call, Graph):
+                raise ValueError("only prepared calls can be timed on a GPU")
+            seconds.append(start.elapsed_time(end) * 1e-3 / call.launches)
+        return seconds
+
+
+def _capture(calls: Sequence[Call], repeats: int) -> Graph:
+    # NOTES: not `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time, tens of
+    # milliseconds for each of thousands of candidates.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            for _ in range(repeats):
+                # Outputs live until the round is over: memory freed earlier would be handed to the next call, and
+                # found in the cache.
+                kept = [call() for call in calls]
+            del kept
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return Graph(graph, repeats * len(calls))
+
+
+def sets_beyond_l2(bytes_per_set: int, most: int = 64) -> int:
+    """How many sets of buffers to take turns with, so that none is still in the L2 cache when its turn comes again."""
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return max(1, min(most, -(-2 * l2 // max(bytes_per_set, 1))))

@@ -1,0 +1,238 @@
+"""Task 9: whole linear layers, from bfloat16 tokens to bfloat16 outputs, against dense and the reference's pipeline.
+
+One sample runs the merged linears of a decoder block (qkv, o, gate_up, down), one after the other. Three kinds are
+timed in the same rounds: ours (quantise + lift, sparse GEMM, dequantise + bias, each as tuned), every way that the
+dense backend has (its fastest is the baseline), and the pipeline that the reference implementation runs around the
+same sparse GEMM (`kernels/reference_pipeline.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from slidesparse.checkpoint.checkpoint import Checkpoint
+from slidesparse.config import Stopping
+from slidesparse.dtypes import DType
+from slidesparse.errors import ContextLost, DiskError, UnsupportedHere, VerificationError
+from slidesparse.kernels import operands, verify
+from slidesparse.kernels.backend import backend
+from slidesparse.kernels.linear import Choice, W8A8Linear
+from slidesparse.kernels.verify import Check
+from slidesparse.measure import telemetry
+from slidesparse.measure.book import RowBook, reason_of
+from slidesparse.measure.clocks import clock_of
+from slidesparse.measure.linear_block import Block
+from slidesparse.measure.telemetry import measured_unthrottled
+from slidesparse.measure.timer import Samples, measure_together, ratio
+from slidesparse.plan import LinearCell, Task, Variant, fingerprint
+from slidesparse.progress import Bar, track
+from slidesparse.rows import LinearRow
+from slidesparse.run import Outcome, Run
+from slidesparse.tuning.store import TuningStore, kernel_versions
+
+CHECKED_ROWS = 256
+"""Tokens of a batch whose outputs are compared with the reference: spread over it, first and last among them."""
+
+
+def run_task(run: Run, task: Task) -> Outcome:
+    """Measure all cells: each layer is checked against the reference first; one that is wrong fails its cell.
+
+    Raises:
+        DiskError, RecordError: nothing more can be recorded.
+        ContextLost: the GPU's context is gone.
+    """
+    outcome = Outcome()
+    cells = [cell for cell in task.cells if isinstance(cell, LinearCell)]
+    with track(task.title, len(cells), run.quiet) as bar:
+        for (model, dtype), table in groupby(cells, key=lambda cell: (cell.model, cell.dtype)):
+            with RowBook(run.tree.linear(model, dtype)) as book:
+                for variant, group in groupby(table, key=lambda cell: cell.variant):
+                    _Variant(run, model, dtype, variant, outcome, book).measure(list(group), bar)
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One merged linear on both sides."""
+
+    name: str
+    sparse: W8A8Linear
+    dense: W8A8Linear
+    codes: torch.Tensor
+    """Unlifted codes [N, K]."""
+    scale: torch.Tensor
+
+
+class _Variant:
+    """The cells of one model, type and sparse variant."""
+
+    def __init__(self, run: Run, model: str, dtype: DType, variant: Variant, outcome: Outcome, book: RowBook) -> None:
+        self._run, self._model, self._dtype, self._variant = run, model, dtype, variant
+        self._outcome, self._book = outcome, book
+        linear = run.plan.profile.linear
+        assert linear is not None  # a profile without it has no task 9
+        assert variant.sparsity is not None
+        self._stopping, self._sparsity = linear.stopping, variant.sparsity
+        self._seed = run.plan.profile.seed
+        self._store = TuningStore.open(run.tree.tuning_store)
+        self._probe = telemetry.probe(run.machine)
+        self._shapes = run.plan.bench.models[model].linear_shapes()
+        self._folder = run.plan.checkpoint_folder(model, dtype, variant)
+        self._layers: list[_Layer] = []
+
+    def measure(self, cells: list[LinearCell], bar: Bar) -> None:
+        dense = self._run.plan.profile.backends.dense[0]
+        families = {self._variant.backend, dense, "triton", "cpu"}
+        for cell in cells:
+            columns = _key(cell)
+            try:
+                for name in (self._variant.backend, dense):
+                    backend(name).require(self._run.machine, self._dtype)
+                source = Checkpoint.open(self._folder).fingerprint() if self._folder.exists() else "random"
+                digest = self._store.digest(families, self._dtype)
+                conditions = fingerprint(cell, self._stopping, self._seed, source, dense, digest, kernel_versions())
+                columns["fingerprint"] = conditions
+                if self._book.done(_key(cell), conditions):
+                    self._outcome.ok += 1
+                    self._outcome.done_before += 1
+                    bar.advance(note=str(cell))
+                    continue
+                columns |= self._cell(cell, source, dense)
+                row = LinearRow(**columns, **self._run.stamp())
+                self._outcome.ok += 1
+            except (DiskError, ContextLost):
+                raise
+            except UnsupportedHere as error:
+                self._skip(cell, str(error))
+                bar.advance(note=str(cell))
+                continue
+            except Exception as error:
+                self._run.log.exception("linear %s", cell)
+                self._outcome.failed += 1
+                if isinstance(error, VerificationError):
+                    columns |= {"verified": "failed", "check": reason_of(error)}
+                columns = {"fingerprint": ""} | columns
+                row = LinearRow(**columns, **self._run.stamp(), status="failed", reason=reason_of(error))
+            self._book.add(row)
+            bar.advance(note=str(cell))
+
+    def _skip(self, cell: LinearCell, reason: str) -> None:
+        self._outcome.skipped += 1
+        conditions = fingerprint(cell, "skipped", reason)
+        if not self._book.done(_key(cell), conditions):
+            columns = _key(cell) | self._run.stamp() | {"fingerprint": conditions}
+            self._book.add(LinearRow(**columns, status="skipped", reason=reason))
+
+    # -- one cell --------------------------------------------------------------------------------------
+
+    def _cell(self, cell: LinearCell, source: str, dense: str) -> dict[str, Any]:
+        """Measured columns. Raises VerificationError when a layer is wrong."""
+        self._layers = self._layers or [self._layer(name, source, dense) for name in self._shapes]
+        layers = self._layers
+        side = layers[0].sparse.backend
+        seeds = range(self._seed, self._seed + len(layers))
+        tokens = [
+            operands.activation(cell.m, layer.sparse.k, seed, side.device)
+            for layer, seed in zip(layers, seeds, strict=True)
+        ]
+        ours = [layer.sparse.choices(cell.m)[-1] for layer in layers]
+        rivals = list(zip(*(layer.dense.choices(cell.m) for layer in layers), strict=False))
+        checks = [
+            self._check(linear, layer, x, choice)
+            for path, linears in [(ours, [layer.sparse for layer in layers])]
+            + [(rival, [layer.dense for layer in layers]) for rival in rivals]
+            for linear, layer, x, choice in zip(linears, layers, tokens, path, strict=True)
+        ]
+
+        clock = clock_of(side)
+        mine, other = (Block(linears, tokens) for linears in zip(*((a.sparse, a.dense) for a in layers), strict=True))
+        calls = [clock.prepare(other.calls(rival)) for rival in rivals]
+        reference_path = ""
+        if side.device == "cuda":  # the yardstick is a GPU's
+            reference_calls, reference_path = mine.reference_calls(ours, clock)
+            calls.append(clock.prepare(reference_calls))
+        calls.append(clock.prepare(mine.calls(ours)))
+        timed, watched = measured_unthrottled(
+            self._probe, lambda: measure_together(calls, self._stopping, clock, self._seed)
+        )
+        best = min(range(len(rivals)), key=lambda place: timed[place].interval.median)
+        speedup = ratio(timed[best], timed[-1])
+        steps = {name: clock.prepare(own) for name, own in mine.steps(ours).items()}
+        parts = zip(
+            steps, measure_together(list(steps.values()), _steps(self._stopping), clock, self._seed), strict=True
+        )
+        worst = verify.worst(checks)
+        return {
+            **{name: samples.interval.median * 1e6 for name, samples in parts},
+            **timed[-1].columns(1e6),
+            **watched,
+            **(_against_reference(timed[-2], timed[-1], reference_path) if reference_path else {}),
+            "lat_us": timed[-1].interval.median * 1e6,
+            "layers": "; ".join(f"{layer.name} {layer.sparse.n}x{layer.sparse.k}" for layer in layers),
+            "data": "random" if source == "random" else "model",
+            "emulation": side.emulation,
+            "path": _paths(layers, ours),
+            "dense_us": timed[best].interval.median * 1e6,
+            "dense_path": _paths(layers, rivals[best]),
+            "speedup": speedup.median,
+            "speedup_low": speedup.low,
+            "speedup_high": speedup.high,
+            "speedup_bound": self._sparsity.speedup_bound,
+            "verified": worst.verified,
+            "check": f"all layers, {len(rivals) + 1} paths, {min(CHECKED_ROWS, cell.m)} tokens each: {worst.text}",
+        }
+
+    def _layer(self, name: str, source: str, dense: str) -> _Layer:
+        n, k = self._shapes[name]
+        device = backend(self._variant.backend).device
+        if source == "random":
+            codes = operands.random_weight(n, k, self._dtype, self._sparsity, self._seed, device)
+        else:
+            codes = operands.model_weight(self._folder, name, (n, k), self._sparsity).to(device)
+        generator = torch.Generator(device).manual_seed(self._seed)
+        scale = torch.rand(n, 1, generator=generator, device=device) * 1e-3 + 1e-4
+        both = [
+            W8A8Linear(name, codes, scale, None, k=k, variant=variant, dtype=self._dtype, store=self._store)
+            for variant in (self._variant, Variant(dense))
+        ]
+        return _Layer(name, both[0], both[1], codes, scale)
+
+    def _check(self, linear: W8A8Linear, layer: _Layer, x: torch.Tensor, choice: Choice) -> Check:
+        """Run the layer at the very size that is timed; compare some of its rows. Raises VerificationError."""
+        rows = torch.linspace(0, x.shape[0] - 1, min(CHECKED_ROWS, x.shape[0]), device=x.device).long()
+        y = linear.run(x, choice)[rows]
+        error, _ = linear.backend.accumulation_error(self._dtype, linear.weight.k)
+        between = 0.0 if choice.scaled else verify.OUTPUT_UNIT.get(linear.backend.output(self._dtype), 0.0)
+        check = verify.check_linear(x[rows], y, layer.codes, layer.scale, None, self._dtype, error, between)
+        if not check.ok:
+            raise VerificationError(f"{layer.name}, {linear.variant}, {choice}: check failed: {check.text}")
+        return check
+
+
+def _steps(stopping: Stopping) -> Stopping:
+    """Steps alone only explain the whole: the least samples, no warm-up of their own."""
+    return stopping.model_copy(update={"warmup_s": 0.0, "steady_rel": None, "max_samples": stopping.min_samples})
+
+
+def _paths(layers: list[_Layer], choices: Sequence[Choice]) -> str:
+    return "; ".join(f"{layer.name}: {choice}" for layer, choice in zip(layers, choices, strict=True))
+
+
+def _against_reference(reference: Samples, mine: Samples, path: str) -> dict[str, Any]:
+    over = ratio(reference, mine)
+    return {
+        "reference_us": reference.interval.median * 1e6,
+        "reference_path": path,
+        "over_reference": over.median,
+        "over_reference_low": over.low,
+        "over_reference_high": over.high,
+    }
+
+
+def _key(cell: LinearCell) -> dict[str, Any]:
+    return {"backend": cell.variant.backend, "sparsity": str(cell.variant.sparsity), "M": cell.m}

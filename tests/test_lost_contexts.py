@@ -1,0 +1,117 @@
+"""A kernel that takes the GPU's context with it costs one algorithm, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_runs import MODEL, small_run, task
+
+from slidesparse import files, records, runner
+from slidesparse.dtypes import DType
+from slidesparse.errors import ContextLost, RecordError
+from slidesparse.kernels import cpu_dense, lost_contexts
+from slidesparse.kernels.backend import Backend
+from slidesparse.kernels.lost_contexts import LostContexts
+from slidesparse.measure import gemm_point, kernel_bench
+from slidesparse.plan import Variant
+
+VERSIONS = {"torch": "2.11.0"}
+
+
+class Gpu(cpu_dense.CpuDense):
+    name = "fake_gpu"
+    device = "cuda"
+
+
+class FakeGpu:
+    """A CPU backend's name, on a GPU."""
+
+    device = "cuda"
+
+    def __init__(self, side: Backend) -> None:
+        self.name = side.name
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lost_contexts, "_context_is_lost", lambda: True)
+
+
+def crash(path: Path, error: Exception) -> None:
+    with LostContexts.open(path, VERSIONS).guard(Gpu(), DType.FP16, "36.s1"):
+        raise error
+
+
+@pytest.mark.usefixtures("lost")
+def test_the_algorithm_is_barred_from_then_on_under_these_versions_only(tmp_path: Path) -> None:
+    path = tmp_path / "lost.json"
+    with pytest.raises(
+        ContextLost, match=r"fake_gpu FP16 algorithm 36.s1 crashed the GPU context: illegal instruction"
+    ):
+        crash(path, RuntimeError("illegal\ninstruction"))
+    again = LostContexts.open(path, VERSIONS)
+    assert again.barred(Gpu(), DType.FP16) == {"36.s1"}
+    assert again.barred(Gpu(), DType.BF16) == frozenset()
+    assert LostContexts.open(path, {"torch": "2.12.0"}).barred(Gpu(), DType.FP16) == frozenset()
+
+
+def test_an_ordinary_error_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lost_contexts, "_context_is_lost", lambda: False)
+    with pytest.raises(ValueError, match="plain"):
+        crash(tmp_path / "lost.json", ValueError("plain"))
+    assert not (tmp_path / "lost.json").exists()
+
+
+def test_a_kernel_that_never_ends_counts_as_lost_and_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost_contexts, "_context_is_lost", lambda: pytest.fail("synchronising would wait for ever"))
+    with pytest.raises(ContextLost, match="no end"):
+        crash(tmp_path / "lost.json", TimeoutError("no end after 20 s"))
+
+
+def test_a_broken_list_is_named(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "lost.json", {"a": 1})
+    with pytest.raises(RecordError, match=r"lost.json: not a list"):
+        LostContexts.open(tmp_path / "lost.json", VERSIONS)
+
+
+@pytest.mark.usefixtures("lost")
+def test_the_bench_ends_there_and_goes_on_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU backend plays a GPU whose algorithm crashes at the second shape."""
+    run = small_run(tmp_path, dtypes=["INT8"])
+    genuine, point = cpu_dense.CpuDense.gemm, gemm_point.LostContexts.guard
+
+    def gemm(self, x, weight, algorithm, out):  # type: ignore[no-untyped-def]
+        if algorithm.name == "float64" and weight.n == 96:
+            raise RuntimeError("CUDA error: an illegal instruction was encountered")
+        return genuine(self, x, weight, algorithm, out)
+
+    monkeypatch.setattr(cpu_dense.CpuDense, "gemm", gemm)
+    monkeypatch.setattr(gemm_point.LostContexts, "guard", lambda self, side, *rest: point(self, FakeGpu(side), *rest))
+    with pytest.raises(ContextLost):
+        kernel_bench.run_task(run, task(run, "kernel_dense"))
+    done = records.read(run.tree.kernel(MODEL, DType.INT8, Variant("cpu_dense")))
+    assert done["layer"].tolist() == ["qkv"], "what was measured is kept"
+    outcome = kernel_bench.run_task(run, task(run, "kernel_dense"))
+    assert (outcome.ok, outcome.done_before) == (4, 1)
+    done = records.read(run.tree.kernel(MODEL, DType.INT8, Variant("cpu_dense")))
+    assert done["alg_count"].tolist() == [3, 2, 2, 2]
+
+
+def test_the_runner_leaves_an_interrupted_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_run(tmp_path)
+
+    def stage(name: str) -> runner.RunTask:
+        def lose(run: object, task: object) -> None:
+            raise ContextLost("cusparselt FP16 algorithm 36.s1 crashed the GPU context: illegal instruction")
+
+        return lose  # type: ignore[return-value]
+
+    monkeypatch.setattr(runner, "_stage", stage)
+    with pytest.raises(ContextLost):
+        runner.run_tasks(run, [task(run, "kernel_dense")])
+    entry = next(t for t in files.read_json(run.tree.status)["tasks"] if t["name"] == "kernel_dense")
+    assert entry["status"] == "interrupted"
+    assert "36.s1" in entry["note"]
