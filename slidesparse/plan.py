@@ -1,4 +1,4 @@
-"""`bench.yaml` -> an immutable plan: eight tasks, and every cell of each."""
+"""`bench.yaml` -> an immutable plan: the eight tasks of the reference run, two of our own, every cell of each."""
 
 from __future__ import annotations
 
@@ -193,9 +193,9 @@ class Plan:
 
     def _own_tasks(self) -> Iterator[Task]:
         if self.profile.linear is not None:
-            yield Task(9, "linear", "whole linear layers", "linear", tuple(_linear(self.profile, self.profile.linear)))
+            yield Task(9, "linear", "whole linear layers", "linear", linear_cells(self.profile))
         if self.profile.on_gpu:
-            yield Task(10, "calibrate", "what this machine can do", "calibrate", tuple(_calibrate()))
+            yield Task(10, "calibrate", "what this machine can do", "calibrate", calibrate_cells(self.profile))
 
     def stage_tasks(self, stage: Stage) -> tuple[Task, ...]:
         return tuple(task for task in self.tasks if task.stage == stage)
@@ -235,6 +235,16 @@ def fingerprint(*parts: object) -> str:
 def throughput_cells(profile: Profile, phase: Phase) -> tuple[ThroughputCell, ...]:
     """The cells of one phase; they depend on the profile alone, so the report can count those that did not run."""
     return tuple(_prefill(profile) if phase == "prefill" else _decode(profile))
+
+
+def linear_cells(profile: Profile) -> tuple[LinearCell, ...]:
+    """The cells of task 9, which also depend on the profile alone; none where it leaves the task out."""
+    return () if profile.linear is None else tuple(_linear(profile, profile.linear))
+
+
+def calibrate_cells(profile: Profile) -> tuple[CalibrateCell, ...]:
+    """The cells of task 10: none without a GPU backend."""
+    return tuple(_calibrate()) if profile.on_gpu else ()
 
 
 # -- cells -------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from slidesparse.rows import TuneRow
 PUBLISHED_TREE = Path(__file__).parent / "fixtures" / "published"
 SECTIONS = [
     "Overall status", "Environment", "Model preparation", "SlideSparse conversion", "Offline tuning",
-    "Prefill benchmark", "Decode benchmark", "Kernel benchmark", "Checks and quality", "Errors and skips",
+    "Prefill benchmark", "Decode benchmark", "Kernel benchmark", "Whole linear layers",
+    "What this machine can do", "Checks and quality", "Errors and skips",
     "Full test matrix", "Comparison with published figures", "Other machines", "Conclusions", "Log and status files",
 ]  # fmt: skip
 
@@ -91,7 +92,7 @@ def test_same_records_same_bytes_wherever_and_on_whatever_machine(
     monkeypatch.setattr(machine, "package_versions", looked)
     render_report(ResultTree(copy, smoke_tree.tag))
     assert snapshot(copy) == before
-    assert len(before) == 7, "a report and six figures"
+    assert len(before) == 9, "a report and eight figures"
 
 
 def test_a_changed_record_changes_the_report_and_stale_figures_go(smoke_tree: ResultTree, tmp_path: Path) -> None:
@@ -146,17 +147,17 @@ def test_links_lead_somewhere(which: str, request: pytest.FixtureRequest) -> Non
     tree: ResultTree = request.getfixturevalue(which)
     text = tree.report.read_text()
     figures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(figures) == 6
+    assert len(figures) == 8
     for name in figures:
         assert (tree.root / name).read_text().startswith("<?xml")
     files = re.findall(r"^- `((?:throughput|benchmark)[^`]+\.csv)`$", text, re.M)
-    assert len(files) == 2 * 2 * 5 + 2 * 9
+    assert len(files) == 2 * 2 * 5 + 2 * 9 + 2
     assert all((tree.root / name).exists() for name in files)
 
 
 def test_status_counts_and_pipes_in_notes(smoke_text: str) -> None:
     part = section(smoke_text, "Overall status")
-    assert "7 succeeded, 1 failed, 0 skipped" in part
+    assert "8 succeeded, 1 failed, 0 skipped" in part
     assert any("2 cells \\| failed" in row for row in tables(part)[0])
 
 
@@ -228,7 +229,7 @@ def test_cells_that_did_not_run_are_shown_with_the_command(tmp_path: Path) -> No
 
 def test_an_empty_tree_says_what_makes_each_table(tmp_path: Path) -> None:
     text = render_report(ResultTree(tmp_path / "X_cc0_py311_cu0_x86_64", "X_cc0_py311_cu0_x86_64")).read_text()
-    for stage in ("prepare", "convert", "tune", "prefill", "decode", "kernel", "all"):
+    for stage in ("prepare", "convert", "tune", "prefill", "decode", "kernel", "linear", "calibrate", "all"):
         assert f"Made by `make {stage}`." in text
     assert "nothing can be said about sparsity here" in section(text, "Conclusions")
 
@@ -237,7 +238,7 @@ def test_an_empty_tree_says_what_makes_each_table(tmp_path: Path) -> None:
 
 
 def test_emulation_is_never_called_a_speedup(smoke_text: str) -> None:
-    own = smoke_text[: smoke_text.index("## 12.")] + smoke_text[smoke_text.index("## 13.") :]
+    own = smoke_text[: smoke_text.index("## 14.")] + smoke_text[smoke_text.index("## 15.") :]
     assert not re.search(r"speed-?up", own, re.I)
     assert "**Emulation.**" in smoke_text[:400]
     assert "Time ratio (emulation)" in own

@@ -21,14 +21,16 @@ from slidesparse.dtypes import DType
 from slidesparse.errors import SlideSparseError
 from slidesparse.files import read_json
 from slidesparse.pattern import Sparsity
-from slidesparse.plan import Phase
+from slidesparse.plan import SQUARE, Phase
 from slidesparse.result_tree import ResultTree
 from slidesparse.rows import (
     TEXT_COLUMNS,
+    CalibrationRow,
     ConvertLayerRow,
     ConvertRow,
     DecodeRow,
     KernelRow,
+    LinearRow,
     PrefillRow,
     PrepareRow,
     Row,
@@ -40,9 +42,13 @@ THROUGHPUT_ROWS: dict[Phase, type[Row]] = {"prefill": PrefillRow, "decode": Deco
 EMULATION = "cpu_"
 """Backends of this name compute on the CPU: their times say nothing about sparse tensor cores."""
 PUBLISHED_FAILURE = "the published file has -1 here"
-_DTYPE_FOLDERS = {"INT8": DType.INT8, "FP8E4M3": DType.FP8, "FP8": DType.FP8}
+_DTYPE_FOLDERS = {name: dtype for dtype in DType for name in (dtype.value, dtype.suffix)}
+"""Ours and published ones: FP8 is written both ways."""
+_SUFFIX = f"(?:{'|'.join(dtype.suffix for dtype in DType)})"
 _THROUGHPUT_NAME = re.compile(r"(?P<model>.+)-(?:INT8|FP8)_(?:prefill|decode)\.csv")
-_KERNEL_NAME = re.compile(r"alg_search_(?P<model>.+)-(?:INT8|FP8)(?:_(?P<sparsity>2_(?:\d+|inf)))?\.csv")
+_KERNEL_NAME = re.compile(
+    rf"alg_search_(?:(?P<square>{SQUARE})|(?P<model>.+)-{_SUFFIX})(?:_(?P<sparsity>2_(?:\d+|inf)))?\.csv"
+)
 _TAG_WITH_DTYPE = re.compile(r"_(?:INT8|FP8E4M3)(?=_py)")
 
 
@@ -63,7 +69,11 @@ class Records:
     throughput: dict[Phase, pd.DataFrame]
     """Column `m` is M_prefill or M_decode; `file` is relative to the tree."""
     kernel: pd.DataFrame
-    """Columns `model`, `dtype`, `file` come from the place; `K_model` is derived where a file lacks it."""
+    """Columns `model` (SQUARE: M = N = K), `dtype`, `file` come from the place; `K_model` is derived where a file
+    lacks it."""
+    linear: pd.DataFrame
+    """Columns `model`, `dtype`, `file` come from the place."""
+    calibration: pd.DataFrame
     logs: tuple[str, ...]
     problems: tuple[str, ...]
     """Files that are there and could not be read, one line each."""
@@ -83,7 +93,7 @@ class Records:
         return not self.emulation and any(bool(frame["emulation"].any()) for frame in self._timed())
 
     def _timed(self) -> list[pd.DataFrame]:
-        return [frame for frame in (*self.throughput.values(), self.kernel, self.tune) if not frame.empty]
+        return [frame for frame in (*self.throughput.values(), self.kernel, self.linear, self.tune) if not frame.empty]
 
 
 def trees_in(folder: Path) -> list[ResultTree]:
@@ -118,6 +128,8 @@ def collect(tree: ResultTree) -> Records:
         tune=reader.tune(),
         throughput={phase: reader.throughput(phase) for phase in PHASES},
         kernel=reader.kernel(),
+        linear=reader.linear(),
+        calibration=reader.table(tree.calibration, CalibrationRow),
         logs=tuple(sorted(path.relative_to(tree.root).as_posix() for path in tree.logs.glob("*.log"))),
         problems=tuple(reader.problems),
     )
@@ -213,7 +225,7 @@ class _Reader:
                 if name is None or path.parent.name not in _DTYPE_FOLDERS:
                     continue
                 place = {
-                    "model": name["model"],
+                    "model": name["square"] or name["model"],
                     "dtype": _DTYPE_FOLDERS[path.parent.name].value,
                     "backend": root.parent.name.lower(),
                     "sparsity": str(Sparsity.parse(name["sparsity"])) if name["sparsity"] else "",
@@ -222,6 +234,15 @@ class _Reader:
                 if not frame.empty:
                     frames.append(_failures(frame, "lat_us_1"))
         return _unlifted(_join(frames))
+
+    def linear(self) -> pd.DataFrame:
+        frames = []
+        for path in sorted(self._tree.linear("x", DType.INT8).parent.glob("linear_*.csv")):
+            model, _, suffix = path.stem.removeprefix("linear_").rpartition("-")
+            if suffix in _DTYPE_FOLDERS:
+                place = {"model": model, "dtype": _DTYPE_FOLDERS[suffix].value, "file": self._relative(path)}
+                frames.append(self.table(path, LinearRow, **place))
+        return _join(frames)
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._tree.root).as_posix()
@@ -235,10 +256,11 @@ def _bad_key(frame: pd.DataFrame, row: type[Row]) -> str:
     for name in row.KEY:
         if frame[name].isna().any():
             return f"no number in column {name}"
-    for name, allowed in (("dtype", set(_DTYPE_FOLDERS)), ("status", {"ok", "failed", "skipped"})):
+    types = {*_DTYPE_FOLDERS, *([""] if row is CalibrationRow else [])}
+    for name, allowed in (("dtype", types), ("status", {"ok", "failed", "skipped"})):
         unknown = sorted(set(frame[name]) - allowed) if name in frame.columns else []
         if unknown:
-            return f"column {name}: {unknown[0]!r} is none of {', '.join(sorted(allowed))}"
+            return f"column {name}: {unknown[0]!r} is none of {', '.join(sorted(allowed - {''}))}"
     for sparsity in sorted(set(frame["sparsity"]) - {""}) if "sparsity" in frame.columns else []:
         try:
             Sparsity.parse(sparsity)
@@ -253,7 +275,7 @@ def _complete(frame: pd.DataFrame, row: type[Row]) -> pd.DataFrame:
         if name not in frame.columns:
             known = field.default is not PydanticUndefined
             frame[name] = field.default if known else ("" if name in TEXT_COLUMNS else float("nan"))
-    if "emulation" in frame.columns:
+    if {"emulation", "backend"} <= set(frame.columns):
         # A row that failed before it ran does not say so itself.
         frame["emulation"] = frame["emulation"].astype(bool) | frame["backend"].str.startswith(EMULATION)
     if "status" in frame.columns:
@@ -270,9 +292,11 @@ def _failures(frame: pd.DataFrame, figure: str) -> pd.DataFrame:
 
 
 def _unlifted(frame: pd.DataFrame) -> pd.DataFrame:
-    """Fill `K_model` and `layer` where the files have none: K' is searched among the dense files' K."""
+    """Fill `K_model` where the files have none: N of a square shape, else K' is searched among the dense files' K."""
     if frame.empty:
         return frame
+    square = frame["model"] == SQUARE
+    frame.loc[square & frame["K_model"].isna(), "K_model"] = frame["N"]
     dense = frame["sparsity"] == ""
     frame.loc[dense & frame["K_model"].isna(), "K_model"] = frame["K"]
     for index in frame.index[frame["K_model"].isna()]:

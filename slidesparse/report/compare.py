@@ -1,8 +1,8 @@
 """Speed-ups with intervals, and what they say. Statistics themselves are in `measure/statistics.py`.
 
 End to end: ratio of two independent medians of tokens/s, sparse over dense, with the MOVER interval on
-logarithms (`statistics.unpaired_ratio`). Kernel: the row's own paired ratio of interleaved samples; where a
-file has none (published ones), the ratio of the two files' latencies.
+logarithms (`statistics.unpaired_ratio`). Kernel and linear layers: the row's own paired ratio of interleaved samples;
+where a file has none (published ones), the ratio of the two files' latencies.
 Only a ratio of two checked rows supports a statement; one whose interval contains 1 shows no difference.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 
 import pandas as pd
 
-from slidesparse.config import Decode, Kernel, Prefill, Profile, Tune
+from slidesparse.config import Profile, Stopping
 from slidesparse.measure.statistics import Interval, unpaired_ratio
 from slidesparse.pattern import Sparsity
 from slidesparse.report.collect import PHASES, Records
@@ -22,6 +22,10 @@ Verdict = Literal["faster", "slower", "no difference shown", "no interval"]
 CHECKED = ("exact", "within_bound")
 STOCK = "vllm"
 """A dense backend with an epilogue of its own: shown as a row, never the base of a ratio if there is another."""
+LINEAR = "linear"
+KINDS = (*PHASES, LINEAR, "kernel")
+"""What speed-ups are of, as sections and conclusions order it."""
+KIND_NAMES = {"prefill": "Prefill", "decode": "Decode", LINEAR: "Whole linear layers", "kernel": "Kernel"}
 SPEEDUP_COLUMNS = (
     "kind", "model", "dtype", "backend", "sparsity", "baseline", "m", "n", "k", "layer",
     "emulation", "ratio", "low", "high", "bound", "checked", "noisy", "host_bound", "verdict",
@@ -69,13 +73,21 @@ def noisy(frame: pd.DataFrame, limit: float | None) -> pd.Series[bool]:
 
 
 def limit_of(profile: Profile | None, kind: str) -> float | None:
-    """The profile's limit of the relative half width: of `prefill`, `decode`, `kernel` or `tune`."""
+    """The profile's limit of the relative half width, of a task's name; None where it sets none."""
+    stopping = stopping_of(profile, kind)
+    return None if stopping is None else stopping.ci_rel
+
+
+def stopping_of(profile: Profile | None, kind: str) -> Stopping | None:
+    """The profile's stopping rule of `prefill`, `decode`, `kernel`, `linear` or `tune`; calibration has none."""
     if profile is None:
         return None
-    sections: dict[str, Prefill | Decode | Kernel | Tune] = {
-        "prefill": profile.prefill, "decode": profile.decode, "kernel": profile.kernel, "tune": profile.tune,
+    linear = None if profile.linear is None else profile.linear.stopping
+    rules = {
+        "prefill": profile.prefill.stopping, "decode": profile.decode.stopping, "kernel": profile.kernel.stopping,
+        "linear": linear, "tune": profile.tune.stopping,
     }  # fmt: skip
-    return sections[kind].stopping.ci_rel
+    return rules.get(kind)
 
 
 def baseline(backends: list[str], profile: Profile | None = None) -> str:
@@ -91,7 +103,7 @@ def geometric_mean(ratios: pd.Series[float]) -> float:
 
 def speedups(records: Records) -> pd.DataFrame:
     """All ratios of a tree, columns SPEEDUP_COLUMNS, in the order of the tables. Empty frame with columns if none."""
-    rows = [row for phase in PHASES for row in _end_to_end(records, phase)] + _kernel(records)
+    rows = [row for phase in PHASES for row in _end_to_end(records, phase)] + _linear(records) + _kernel(records)
     return pd.DataFrame(rows, columns=list(SPEEDUP_COLUMNS))
 
 
@@ -108,9 +120,25 @@ def _end_to_end(records: Records, phase: str) -> list[dict[str, object]]:
             if row["m"] not in dense.index or (row["backend"] == base and not row["sparsity"]):
                 continue
             twin = dense.loc[row["m"]]
-            ratio = _ratio(row, twin, "tokens_per_s")
+            ratio = ratio_of(row, twin, "tokens_per_s")
             place = {"kind": phase, "model": model, "dtype": dtype, "n": 0, "k": 0, "layer": ""}
             rows.append(place | _shared(row, twin, base, int(row["m"])) | ratio)
+    return rows
+
+
+def _linear(records: Records) -> list[dict[str, object]]:
+    frame = records.linear
+    if frame.empty:
+        return []
+    frame = frame.assign(
+        checked=checked(frame), noisy=noisy(frame, limit_of(records.profile, "linear")), host_bound=False
+    )
+    rows: list[dict[str, object]] = []
+    base = records.profile.backends.dense[0] if records.profile else "dense"
+    for _, row in frame[(frame["status"] == "ok") & (frame["speedup"] > 0)].iterrows():
+        place = {"kind": LINEAR, "model": row["model"], "dtype": row["dtype"], "n": 0, "k": 0, "layer": ""}
+        # Both sides of a row were checked before they were timed together.
+        rows.append(place | _shared(row, row, base, int(row["M"])) | paired(row, "speedup"))
     return rows
 
 
@@ -132,13 +160,11 @@ def _kernel(records: Records) -> list[dict[str, object]]:
             twin = twins.get((row["M"], row["N"], row["K_model"]))
             if row["speedup"] > 0:
                 # The twin was checked before it was timed beside this row: its trust is this row's own.
-                ratio = {"ratio": row["speedup"], "low": row["speedup_low"], "high": row["speedup_high"]}
-                twin = row
+                ratio, twin = paired(row, "speedup"), row
             elif twin is not None:
-                ratio = _ratio(twin, row, "lat_us_1")
+                ratio = ratio_of(twin, row, "lat_us_1")
             else:
                 continue
-            ratio["verdict"] = verdict(ratio["low"], ratio["high"])
             place = {"kind": "kernel", "model": model, "dtype": dtype, "n": int(row["N"]), "k": int(row["K_model"])}
             layer = row["layer"] or f"{row['N']}x{row['K_model']}"
             rows.append(place | {"layer": layer} | _shared(row, twin, base, int(row["M"])) | ratio)
@@ -159,7 +185,14 @@ def _shared(row: pd.Series, twin: pd.Series, base: str, m: int) -> dict[str, obj
     }
 
 
-def _ratio(numerator: pd.Series, denominator: pd.Series, figure: str) -> dict[str, object]:
+def paired(row: pd.Series, name: str) -> dict[str, object]:
+    """A ratio that a row brings with it, in columns NAME, NAME_low and NAME_high."""
+    low, high = float(row[f"{name}_low"]), float(row[f"{name}_high"])
+    return {"ratio": float(row[name]), "low": low, "high": high, "verdict": verdict(low, high)}
+
+
+def ratio_of(numerator: pd.Series, denominator: pd.Series, figure: str) -> dict[str, object]:
+    """Ratio of two rows' figures, measured independently, with its interval where both have one."""
     ratio = float(numerator[figure]) / float(denominator[figure])
     if not all(row["ci_low"] > 0 and row["ci_high"] > 0 for row in (numerator, denominator)):
         return {"ratio": ratio, "low": float("nan"), "high": float("nan"), "verdict": "no interval"}

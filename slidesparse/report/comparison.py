@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from slidesparse.dtypes import DType
+from slidesparse.plan import SQUARE
 from slidesparse.report import compare, published
 from slidesparse.report.collect import PHASES
 from slidesparse.report.markdown import MISSING, Table, fixed, integer, text
@@ -14,6 +16,7 @@ from slidesparse.report.view import CHECKED, View, ratio_cell
 
 REFERENCE_MODEL = "BitNet-2B"
 """Model of the published runs; its figures are shown where this machine ran another one."""
+SQUARES = "M = N = K"
 SIGNS = {"reproduced": "=", "higher": ">", "lower": "<", "not measured": "·"}
 
 
@@ -117,7 +120,9 @@ def _this_machine(view: View) -> list[str]:
         outcomes.append(
             f"{done} of {total} cells {CHECKED}" + (f", {skipped} skipped" if skipped else "") if total else "not run"
         )
-    hours = sum(float(t.get("seconds") or 0) for t in view.records.status.get("tasks") or []) / 3600
+    reference = published.reference_seconds()
+    tasks = [t for t in view.records.status.get("tasks") or [] if t.get("number") in reference]
+    hours = sum(float(t.get("seconds") or 0) for t in tasks) / 3600
     bitnet = (
         view.records.profile is not None and view.records.profile.models == (REFERENCE_MODEL,) and not view.emulation
     )
@@ -161,6 +166,7 @@ def _reproduction(found: pd.DataFrame) -> list[Titled]:
     tables = []
     for (kind, model, dtype), part in found.groupby(["kind", "model", "dtype"], sort=False):
         cells = {}
+        part = _squares(part)
         for _, row in part.iterrows():
             sign = SIGNS[row["outcome"]]
             pair = f"{fixed(row['ratio'], 2)} {sign} {fixed(row['ratio_published'], 2)}"
@@ -169,11 +175,16 @@ def _reproduction(found: pd.DataFrame) -> list[Titled]:
         rows = []
         for sparsity in sorted(set(part["sparsity"]), key=compare.pattern_order):
             for n, k in sorted({key[1:3] for key in cells if key[0] == sparsity}):
-                shape = [f"{n} x {k}"] if kind == "kernel" else []
+                shape = [f"{n} x {k}" if n else SQUARES] if kind == "kernel" else []
                 rows.append([sparsity, *shape, *(cells.get((sparsity, n, k, m), "") for m in ms)])
         head = ["pattern", *(["N x K"] if kind == "kernel" else []), *(f"M={m}" for m in ms)]
         tables.append(Titled(f"{str(kind).capitalize()}, {model} {dtype}", Table(head, rows)))
     return tables
+
+
+def _squares(ratios: pd.DataFrame) -> pd.DataFrame:
+    """Square shapes as one shape of many sizes: their n and k follow from m."""
+    return ratios.assign(n=0, k=0) if (ratios["model"] == SQUARE).all() else ratios
 
 
 # -- side by side ---------------------------------------------------------------------------------------
@@ -185,10 +196,12 @@ def _side_by_side(view: View, same: str) -> list[Titled]:
     ours = view.speedups
     ours = ours[ours["checked"].astype(bool) & (ours["sparsity"] != "") & ~ours["emulation"].astype(bool)]
     shared = [m for m in view.models() if m in set(ratios["model"])] or [REFERENCE_MODEL]
+    if SQUARE in set(ours["model"]):
+        shared.append(SQUARE)
     tables = []
     for model in shared:
         for kind in (*PHASES, "kernel"):
-            for dtype in ("INT8", "FP8E4M3"):
+            for dtype in dict.fromkeys(["INT8", "FP8E4M3", *view.dtypes(ours)]):
                 select = f"kind == '{kind}' and model == '{model}' and dtype == '{dtype}'"
                 theirs, mine = ratios.query(select), ours.query(select)
                 sources = {gpu: theirs[theirs["gpu"] == gpu] for gpu in published.machines()["gpu"]}
@@ -197,9 +210,9 @@ def _side_by_side(view: View, same: str) -> list[Titled]:
                         sources[f"**here**, {backend}"] = mine[mine["backend"] == backend]
                 table = _ratios_by_source({name: rows for name, rows in sources.items() if not rows.empty})
                 if table:
-                    kind_name = (
-                        "Kernel (geometric mean over the layer shapes)" if kind == "kernel" else kind.capitalize()
-                    )
+                    kind_name = compare.KIND_NAMES[kind]
+                    if kind == "kernel":
+                        kind_name += f" ({SQUARES})" if model == SQUARE else " (geometric mean over the layer shapes)"
                     tables.append(Titled(f"{kind_name}, {model} {dtype}", table))
     return tables
 
@@ -230,8 +243,8 @@ def machines_section(view: View, others: list[View]) -> tuple[list[Titled], list
         for v in views
         for k, m, d in v.speedups[["kind", "model", "dtype"]].itertuples(index=False)
     }
-    order = [*PHASES, "kernel"]
-    for model, dtype, kind in sorted(groups, key=lambda g: (g[0], g[1] != "INT8", order.index(g[2]))):
+    order = [dtype.value for dtype in DType]
+    for model, dtype, kind in sorted(groups, key=lambda g: (g[0], order.index(g[1]), compare.KINDS.index(g[2]))):
         sources: dict[str, pd.DataFrame] = {}
         for v in views:
             frame = v.speedups
@@ -239,18 +252,19 @@ def machines_section(view: View, others: list[View]) -> tuple[list[Titled], list
             part = frame[same & (frame["sparsity"] != "")]
             for (backend, emulation), rows in part.groupby(["backend", "emulation"], sort=True):
                 label = f"{v.records.tree.tag.partition('_py')[0]}, {backend}{' (emulation)' if emulation else ''}"
-                sources[label] = rows
+                sources[label] = _squares(rows)
         machines = {label.partition(",")[0] for label in sources}
-        name = f"{kind.capitalize()}, {model} {dtype}"
+        name = f"{compare.KIND_NAMES[kind]}, {model} {dtype}"
         if len(machines) > 1:
-            tables.append(Titled(name, _machines_table(sources)))
+            whole = {"kernel": SQUARES, compare.LINEAR: "decoder block"}.get(kind, "whole model")
+            tables.append(Titled(name, _machines_table(sources, whole)))
         elif machines:
             alone.append(f"{name}: only {', '.join(sorted(machines))}")
     return tables, alone
 
 
-def _machines_table(sources: dict[str, pd.DataFrame]) -> Table:
-    """Rows: pattern, layer and machine; columns: M."""
+def _machines_table(sources: dict[str, pd.DataFrame], whole: str) -> Table:
+    """Rows: pattern, layer (or `whole`) and machine; columns: M."""
     everything = pd.concat(list(sources.values()))
     ms = sorted(set(everything["m"].astype(int)))
     rows = []
@@ -258,7 +272,7 @@ def _machines_table(sources: dict[str, pd.DataFrame]) -> Table:
         part = everything[everything["sparsity"] == sparsity]
         lead = [sparsity, fixed(compare.bound(sparsity), 3)]
         for n, k in dict.fromkeys(zip(part["n"], part["k"], strict=True)):
-            shape = f"{n} x {k}" if n else "whole model"
+            shape = f"{n} x {k}" if n else whole
             for label, frame in sources.items():
                 at = frame[(frame["sparsity"] == sparsity) & (frame["n"] == n) & (frame["k"] == k)]
                 found = {int(row["m"]): ratio_cell(row) for _, row in at.iterrows()}

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from slidesparse.report import compare
-from slidesparse.report.collect import PHASES
+from slidesparse.dtypes import DType
+from slidesparse.plan import SQUARE
+from slidesparse.report import calibration, compare, linear
 from slidesparse.report.comparison import Published
 from slidesparse.report.markdown import Table, fixed, integer
 from slidesparse.report.view import HOST_BOUND, NOISY, View, interval, ratio_name, title
-
-KINDS = (*PHASES, "kernel")
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,17 @@ class Conclusions:
 
 
 def headline(view: View) -> list[str]:
-    """One line for each measurement, model and type: how many cells win or lose, and the extremes."""
+    """One line for each measurement, model and type: how many cells win or lose, and the extremes.
+
+    Square shapes and 16-bit types are left to the conclusions: they are no part of a model that runs here.
+    """
     lines = []
     for (kind, model, dtype, emulation), part in _supported(view):
+        if model == SQUARE or not DType(dtype).quantised:
+            continue
         low, high = (f"{_shown(row)} ({_name(row)}, {_place(row)})" for row in _extremes(part))
         lines.append(
-            f"{kind.capitalize()}, {title(model, dtype, emulation)}: {_counts(part, emulation)}; "
+            f"{compare.KIND_NAMES[kind]}, {title(model, dtype, emulation)}: {_counts(part, emulation)}; "
             f"{ratio_name(emulation)} from {low} to {high}."
         )
     return lines
@@ -51,7 +55,16 @@ def conclusions(view: View, published: Published) -> Conclusions:
     if not supported:
         statements.append("No checked ratio of sparse to dense was recorded: nothing can be said about sparsity here.")
     for (kind, model, dtype, emulation), part in supported:
-        statements += _statements(view, f"{kind.capitalize()}, {title(model, dtype, emulation)}", part, emulation)
+        subject = f"{compare.KIND_NAMES[kind]}, {title(model, dtype, emulation)}"
+        if kind == compare.LINEAR:
+            statements.append(
+                f"{subject}, quantisation and dequantisation included: {linear.outcome(view, part, emulation)}"
+            )
+            statements += _over_bound(view, subject, part, emulation)
+            statements += _over_reference(view, subject, part)
+        else:
+            statements += _statements(view, subject, part, emulation)
+    statements += _attainable(view)
     if published.same and published.summary:
         statements.append(_published(published))
     elif not published.same and not view.emulation:
@@ -69,7 +82,7 @@ def _supported(view: View) -> list[tuple[Group, pd.DataFrame]]:
     return [
         ((kind, model, dtype, emulation), part)
         for model, dtype, emulation, rows in view.groups(good)
-        for kind in KINDS
+        for kind in compare.KINDS
         if not (part := rows[rows["kind"] == kind]).empty
     ]
 
@@ -84,14 +97,10 @@ def _statements(view: View, subject: str, part: pd.DataFrame, emulation: bool) -
     wins: list[str] = []
     losses: list[str] = []
     mixed: list[str] = []
-    over: list[str] = []
     for backend, sparsity, rows in _by_variant(view, part):
         name = compare.label(backend, sparsity)
         verdicts = set(rows["verdict"])
         (wins if verdicts == {"faster"} else losses if verdicts == {"slower"} else mixed).append(name)
-        above = int((rows["low"] > rows["bound"]).sum())
-        if above and not emulation:
-            over.append(f"{name} ({above} of {len(rows)})")
     if emulation:
         pairs = [
             ("less time than dense at every size", wins),
@@ -105,10 +114,41 @@ def _statements(view: View, subject: str, part: pd.DataFrame, emulation: bool) -
             ("depends on the size, or no difference shown", mixed),
         ]
     lines = [f"{subject}: " + "; ".join(f"{words}: {', '.join(names)}" for words, names in pairs if names) + "."]
-    if over:
+    return lines + _over_bound(view, subject, part, emulation)
+
+
+def _over_bound(view: View, subject: str, part: pd.DataFrame, emulation: bool) -> list[str]:
+    """Ratios whose whole interval lies above L/(L-2)."""
+    over = []
+    for backend, sparsity, rows in _by_variant(view, part):
+        above = int((rows["low"] > rows["bound"]).sum())
+        if above and not emulation:
+            over.append(f"{compare.label(backend, sparsity)} ({above} of {len(rows)})")
+    if not over:
+        return []
+    return [
+        f"{subject}: above the bound, which sparse hardware cannot explain, so look at the dense side first: "
+        f"{', '.join(over)}."
+    ]
+
+
+def _over_reference(view: View, subject: str, part: pd.DataFrame) -> list[str]:
+    """Ours against the reference's pipeline, for the model and type of `part`."""
+    first, frame = part.iloc[0], view.records.linear
+    same = frame[["model", "dtype", "emulation"]].eq(first[["model", "dtype", "emulation"]]).all(axis=1)
+    line = linear.over_reference(frame[same])
+    return [f"{subject}: {line}"] if line else []
+
+
+def _attainable(view: View) -> list[str]:
+    """What the machine's own rates leave for each pattern."""
+    lines = []
+    for dtype, gains in calibration.gains(view).items():
+        none = [pattern for pattern, gain in gains.items() if gain <= 1]
+        left = f"; nothing is left for {', '.join(none)} there" if none else ""
         lines.append(
-            f"{subject}: above the bound, which sparse hardware cannot explain, so look at the dense side first: "
-            f"{', '.join(over)}."
+            f"Tensor cores of this machine, {dtype}: where arithmetic bounds both sides, 2:4 can be up to "
+            f"{fixed(gains['2:4'], 2)} times as fast as dense{left}."
         )
     return lines
 
@@ -121,7 +161,7 @@ def _table(view: View, supported: list[tuple[Group, pd.DataFrame]]) -> Table:
             low, high = _extremes(cells)
             bound = fixed(compare.bound(sparsity), 3)
             rows.append([
-                f"{kind.capitalize()}, {title(model, dtype, emulation)}", compare.label(backend, sparsity),
+                f"{compare.KIND_NAMES[kind]}, {title(model, dtype, emulation)}", compare.label(backend, sparsity),
                 *(integer(int(count.get(name, 0))) for name in ("faster", "no difference shown", "slower")),
                 f"{_shown(low)} ({_place(low)})", f"{_shown(high)} ({_place(high)})", bound,
             ])  # fmt: skip
@@ -171,11 +211,11 @@ def _limits(view: View) -> list[str]:
         lines.append(f"{noisy} of {len(frame)} ratios have a side that is noisier than the profile allows.")
     if host:
         lines.append(f"{host} of {len(frame)} ratios are host-bound: they measure dispatch, not the product.")
-    frames = [f for f in (*view.records.throughput.values(), view.records.kernel) if not f.empty]
+    frames = [f for f in (*view.records.throughput.values(), view.records.linear, view.records.kernel) if not f.empty]
     failed, skipped = (sum(int((f["status"] == name).sum()) for f in frames) for name in ("failed", "skipped"))
     throttled = sum(int((f["throttle"] != "").sum()) for f in frames)
     if failed or skipped:
-        lines.append(f"{failed} benchmark cells failed and {skipped} were skipped: section 10 gives the reasons.")
+        lines.append(f"{failed} benchmark cells failed and {skipped} were skipped: section 12 gives the reasons.")
     if throttled:
         lines.append(f"{throttled} rows were measured while the GPU was throttled.")
     return lines

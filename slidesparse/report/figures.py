@@ -13,6 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from slidesparse.files import write_text
+from slidesparse.plan import SQUARE
 from slidesparse.report import compare
 from slidesparse.report.view import View, figure_name, ratio_name
 
@@ -42,7 +43,7 @@ def draw_all(view: View, folder: Path) -> set[str]:
     for (kind, model, dtype, emulation), part in frame.groupby(["kind", "model", "dtype", "emulation"], sort=True):
         name = figure_name(str(kind), str(model), str(dtype), bool(emulation))
         panels = _panels(part) if kind == "kernel" else [("", part)]
-        heading = f"{str(kind).capitalize()}, {model} {dtype}"
+        heading = f"{compare.KIND_NAMES[str(kind)]}, {model} {dtype}"
         heading += f": {ratio_name(bool(emulation))} against {part['baseline'].iloc[0]}"
         write_text(folder / name, svg(view, heading, panels))
         names.add(name)
@@ -53,6 +54,9 @@ def draw_all(view: View, folder: Path) -> set[str]:
 
 
 def _panels(part: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """One for each layer's shape; square shapes are one line of sizes."""
+    if (part["model"] == SQUARE).all():
+        return [("M = N = K", part)]
     shapes = dict.fromkeys(zip(part["layer"], part["n"], part["k"], strict=True))
     return [
         (f"{layer} (N={n}, K={k})", part[(part["layer"] == layer) & (part["n"] == n) & (part["k"] == k)])

@@ -66,6 +66,12 @@ def code(value: object) -> str:
     return f"`{line}`" if line else MISSING
 
 
+def once(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Say the first cell once, not on every line of its group."""
+    first = [row[0] for row in rows]
+    return [["" if i and first[i - 1] == row[0] else row[0], *row[1:]] for i, row in enumerate(rows)]
+
+
 @dataclass(frozen=True)
 class Table:
     """A table ready to print. `left`: columns aligned left (from the first); the others are numbers."""

@@ -134,11 +134,18 @@ def _tune_summary(view: View, frame: pd.DataFrame) -> Table:
             gain = [f"{significant(value, 3)}x" if len(gains) else "" for value in (gains.median(), gains.max())]
             rows.append([
                 operation.replace("_", " "), compare.label(backend, sparsity), str(cells["granularity"].iloc[0]),
-                integer(sizes.ngroups), _range(counts), best, *gain,
+                integer(sizes.ngroups), _candidates(cells, counts), best, *gain,
                 integer(int(cells["verified"].isin(compare.CHECKED).sum())),
                 integer(int((cells["status"] == "failed").sum())), integer(int((cells["status"] == "skipped").sum())),
             ])  # fmt: skip
     return Table(head, rows, left=3)
+
+
+def _candidates(cells: pd.DataFrame, timed: pd.Series[int]) -> str:
+    """`8 of 50`: those timed to the end, and how many there were where a first, short look left some out."""
+    known_counts = cells.loc[cells["candidates"] > 0, "candidates"].astype(int)
+    every = _range(known_counts)
+    return f"{_range(timed)} of {every}" if every and every != _range(timed) else _range(timed)
 
 
 def _gains(ok: pd.DataFrame) -> pd.Series[float]:

@@ -6,11 +6,25 @@ from typing import Any
 
 import pandas as pd
 
+from slidesparse.plan import calibrate_cells, linear_cells
 from slidesparse.report import compare
 from slidesparse.report.collect import PHASES
 from slidesparse.report.markdown import MISSING, Table, code, fixed, integer, percent, size, text
-from slidesparse.report.view import CHECKED, FAILED, NOT_RUN, SKIPPED, TASKS, UNCHECKED, View, state
+from slidesparse.report.view import (
+    CALIBRATE_TASK,
+    CHECKED,
+    FAILED,
+    LINEAR_TASK,
+    NOT_RUN,
+    SKIPPED,
+    TASKS,
+    UNCHECKED,
+    View,
+    state,
+)
 
+MACHINE = "this machine"
+"""Stands for a model where rates of the machine itself are counted."""
 ENDED = ("succeeded", "failed", "skipped")
 
 
@@ -22,7 +36,7 @@ def machine_name(view: View) -> str:
 
 
 def status_table(view: View) -> Table:
-    """The eight tasks."""
+    """The eight tasks of the reference run, and ours."""
     head = ["#", "task", "status", "note", "seconds", "cells", "ok", "of these done before", "failed", "skipped"]
     rows = []
     for task in view.records.status.get("tasks") or []:
@@ -123,6 +137,12 @@ def _cells(view: View) -> pd.DataFrame:
         kernel = records.kernel
         shape = "M=" + kernel["M"].astype(str) + " " + kernel["layer"]
         parts.append(kernel.assign(task=[TASKS[view.kernel_task(s)] for s in kernel["sparsity"]], size=shape))
+    if not records.linear.empty:
+        parts.append(records.linear.assign(task=LINEAR_TASK, size="M=" + records.linear["M"].astype(str)))
+    if not records.calibration.empty:
+        rates = records.calibration
+        what = [f"{r['quantity']}{' 2:4' * r['sparse']}{' with loads' * r['loads']}" for _, r in rates.iterrows()]
+        parts.append(rates.assign(task=CALIBRATE_TASK, model=MACHINE, backend="", sparsity="", size=what))
     names = ["task", "model", "dtype", "backend", "sparsity", "size", "status", "verified", "reason"]
     return pd.concat([part[names] for part in parts], ignore_index=True) if parts else pd.DataFrame(columns=names)
 
@@ -159,7 +179,7 @@ def matrix_table(view: View) -> Table:
     ]
     counted = {str(t.get("title")): int(t.get("cells") or 0) for t in view.records.status.get("tasks") or []}
     rows: list[list[str]] = []
-    for task in [*order, *TASKS.values()]:
+    for task in [*order, *TASKS.values(), LINEAR_TASK, CALIBRATE_TASK]:
         before = len(rows)
         for model in view.models(cells):
             for dtype in view.dtypes(cells):
@@ -173,7 +193,7 @@ def matrix_table(view: View) -> Table:
                 passed = counts[0] + (counts[1] if task == order[0] else 0)
                 name = task if task != order[2] else f"{task} (candidates)"
                 numbers = [*counts, total - len(part), total]
-                rows.append([name, model, dtype, *(integer(c) for c in numbers), percent(passed / total, 3)])
+                rows.append([name, model, dtype or MISSING, *(integer(c) for c in numbers), percent(passed / total, 3)])
         if len(rows) == before and counted.get(task):
             missing = integer(counted[task])
             rows.append([task, "all", "all", "0", "0", "0", "0", missing, missing, "0 %"])
@@ -196,6 +216,12 @@ def _planned(view: View) -> dict[tuple[str, str, str], int]:
     for task, model, dtype_name, *_ in view.planned_kernel():
         key = (TASKS[task], model, dtype_name)
         count[key] = count.get(key, 0) + 1
+    for linear in linear_cells(profile):
+        key = (LINEAR_TASK, linear.model, linear.dtype.value)
+        count[key] = count.get(key, 0) + 1
+    for rate in calibrate_cells(profile):
+        key = (CALIBRATE_TASK, MACHINE, rate.dtype.value if rate.dtype else "")
+        count[key] = count.get(key, 0) + 1
     return count
 
 
@@ -208,7 +234,8 @@ def checks_table(view: View) -> Table:
         for dtype in view.dtypes(part):
             done = part[(part["dtype"] == dtype) & ((part["status"] == "ok") | (part["verified"] == "failed"))]
             if len(done):
-                rows.append([str(task), dtype, *(integer(int((done["verified"] == kind).sum())) for kind in kinds)])
+                counts = [integer(int((done["verified"] == kind).sum())) for kind in kinds]
+                rows.append([str(task), dtype or MISSING, *counts])
     return Table(["task", "type", "exact", "within bound", "not checked", "check failed"], rows, left=2)
 
 
@@ -218,7 +245,9 @@ def quality_table(view: View) -> Table:
             "host-bound", "throttled"]  # fmt: skip
     frames = {phase: view.records.throughput[phase] for phase in PHASES} | {
         "kernel": view.records.kernel,
+        "linear": view.records.linear,
         "tune": view.records.tune,
+        "calibrate": view.records.calibration,
     }
     rows = []
     for kind, frame in frames.items():

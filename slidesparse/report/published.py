@@ -10,6 +10,8 @@ from typing import Literal
 
 import pandas as pd
 
+from slidesparse.dtypes import DType
+
 TOLERANCE = 0.05
 """A published speed-up is reproduced where our 95 % interval overlaps it +-5 %."""
 Outcome = Literal["reproduced", "lower", "higher", "not measured"]
@@ -33,14 +35,18 @@ def reference_seconds() -> dict[int, float]:
 
 @lru_cache(maxsize=1)
 def speedups() -> pd.DataFrame:
-    """Published ratios, columns gpu + KIND + ratio; the 8-bit types only, failed (0) latencies left out."""
+    """Published ratios, columns gpu + KIND + ratio; types that `DType` has, failed (0) latencies left out.
+
+    Square shapes have model SQUARE and m = n = k.
+    """
     text = ("gpu", "cpu_arch", "stage", "model", "shapes", "dtype", "backend", "sparsity")
     throughput = _read("throughput.csv", text).rename(columns={"stage": "kind", "M": "m"}).assign(n=0, k=0)
     kernel = _read("kernel_latency.csv", text).rename(columns={"shapes": "model", "M": "m", "N": "n", "K": "k"})
-    kernel = kernel[(kernel["latency_us"] > 0) & kernel["dtype"].isin(["INT8", "FP8"])].assign(kind="kernel")
+    types = {dtype.suffix: dtype.value for dtype in DType}
+    kernel = kernel[(kernel["latency_us"] > 0) & kernel["dtype"].isin(types)].assign(kind="kernel")
     ratios = [_ratios(throughput, "tokens_per_s", inverse=False), _ratios(kernel, "latency_us", inverse=True)]
     frame = pd.concat(ratios, ignore_index=True)
-    return frame.assign(dtype=frame["dtype"].replace("FP8", "FP8E4M3"))
+    return frame.assign(dtype=frame["dtype"].map(types))
 
 
 def same_machine(device: str) -> str:
@@ -68,6 +74,8 @@ def beside(ours: pd.DataFrame, gpu: str, kinds: Iterable[str] = ("prefill", "dec
     published = speedups()
     published = published[(published["gpu"] == gpu) & published["kind"].isin(list(kinds))]
     published = published[published["model"].isin(set(ours["model"]))]
+    # 16-bit types are no part of the reference run: their figures count where this machine measured them too.
+    published = published[published["dtype"].isin({*(d.value for d in DType if d.quantised), *ours["dtype"]})]
     same = ours["checked"].astype(bool) & (ours["backend"] == BACKEND) & (ours["baseline"] == BASELINE)
     mine = ours.loc[same, [*KIND, "ratio", "low", "high"]].drop_duplicates(KIND)
     numbers = {"m": int, "n": int, "k": int}

@@ -9,10 +9,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from slidesparse.files import write_text
 from slidesparse.report import (
+    calibration,
     comparison,
     conclusions,
     figures,
     kernels,
+    linear,
     markdown,
     models,
     overview,
@@ -55,6 +57,8 @@ def render_report(tree: ResultTree, others: Sequence[Path] = ()) -> Path:
         models=models,
         phases=[throughput.phase_section(view, "prefill"), throughput.phase_section(view, "decode")],
         kernel=kernels.kernel_section(view),
+        linear=linear.linear_section(view),
+        calibration=calibration.calibration_section(view),
         published=found,
         tolerance=published.TOLERANCE,
         signs=comparison.SIGNS,

@@ -171,12 +171,23 @@ def _details(view: View, frame: pd.DataFrame) -> Table:
     return Table(*without_empty(head, rows), left=4)
 
 
-def facts(view: View, frame: pd.DataFrame) -> list[str]:
-    """Each code path and each check of measured rows once, with the variants that it is true of."""
+def facts(view: View, frame: pd.DataFrame, most: int = 12) -> list[str]:
+    """Each code path and each check of measured rows once, with the variants that it is true of.
+
+    Where there are more than `most` of a kind, one example and their number: every row has its own in the files.
+    """
     lines = []
     done = frame[frame["status"] == "ok"]
     for column, words in (("path", "Code path that ran"), ("check", "Check")):
-        for value, rows in done[done[column] != ""].groupby(column, sort=False):
+        said = done[done[column] != ""]
+        count = said[column].nunique()
+        if count > most:
+            example = code(said[column].iloc[0]) if column == "path" else text(said[column].iloc[0])
+            lines.append(
+                f"{words}: {integer(count)} different ones, each in its row of the result files; e.g. {example}"
+            )
+            continue
+        for value, rows in said.groupby(column, sort=False):
             variants = view.sorted_variants(zip(rows["backend"], rows["sparsity"], strict=True))
             shown = code(value) if column == "path" else text(value)
             lines.append(f"{words}, {', '.join(compare.label(*v) for v in variants)}: {shown}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 
 from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
-from slidesparse.plan import Phase, throughput_cells
+from slidesparse.plan import SQUARE, Phase, throughput_cells
 from slidesparse.report import compare
+from slidesparse.report.attainable import Attainable
 from slidesparse.report.collect import Records
-from slidesparse.report.markdown import fixed
+from slidesparse.report.markdown import fixed, known, significant
 
 CHECKED, UNCHECKED, FAILED, SKIPPED, NOT_RUN = "✓", "○", "✗", "⊘", "·"
 NOISY, HOST_BOUND = "†", "‡"
@@ -25,6 +27,7 @@ LEGEND = {
     SKIPPED: "skipped: this machine cannot run it",
     NOT_RUN: "not run",
 }
+LINEAR_TASK, CALIBRATE_TASK = "whole linear layers", "what this machine can do"
 TASKS = {"kernel_dense": "kernel, dense", "kernel_high": "kernel, sparse high", "kernel_low": "kernel, sparse low"}
 
 
@@ -43,6 +46,10 @@ class View:
         frame = self.speedups
         same = (frame["kind"] == kind) & (frame["model"] == model) & (frame["dtype"] == dtype)
         return frame[same & (frame["emulation"] == emulation)]
+
+    @cached_property
+    def attainable(self) -> Attainable:
+        return Attainable.of(self.records.calibration)
 
     @property
     def emulation(self) -> bool:
@@ -85,7 +92,7 @@ class View:
     def dtypes(self, *frames: pd.DataFrame) -> list[str]:
         profile = self.records.profile
         first = [dtype.value for dtype in profile.dtypes] if profile else []
-        known = [dtype.value for dtype in DType]
+        known = [*(dtype.value for dtype in DType), ""]
         return first + sorted({d for f in frames if not f.empty for d in f["dtype"]} - set(first), key=known.index)
 
     @cached_property
@@ -122,16 +129,15 @@ class View:
         lists = {"kernel_high": profile.sparsity.kernel_high, "kernel_low": profile.sparsity.kernel_low}
         sparse = [(t, b, str(s)) for t, patterns in lists.items() for b in profile.backends.sparse for s in patterns]
         cells: list[tuple[str, str, str, str, str, int, int, int]] = []
-        for model in profile.models:
+        for model in (*profile.models, SQUARE):
             rows = frame[frame["model"] == model]
             shapes = list(dict.fromkeys(zip(rows["N"].astype(int), rows["K_model"].astype(int), strict=True)))
-            for dtype in profile.dtypes:
+            sizes = [(m, n, k) for m in profile.kernel.m for n, k in shapes]
+            if model == SQUARE:
+                sizes = [(size, size, size) for size in profile.kernel.square]
+            for dtype in (*profile.dtypes, *profile.kernel.float_dtypes):
                 for task, backend, sparsity in dense + sparse:
-                    cells += [
-                        (task, model, dtype.value, backend, sparsity, m, n, k)
-                        for m in profile.kernel.m
-                        for n, k in shapes
-                    ]
+                    cells += [(task, model, dtype.value, backend, sparsity, *size) for size in sizes]
         return cells
 
     def kernel_task(self, sparsity: str) -> str:
@@ -158,10 +164,11 @@ def title(model: str, dtype: str, emulation: bool) -> str:
 
 def stopping_text(what: str, stop: Stopping) -> str:
     """The stopping rule in a sentence."""
+    steady = "" if stop.steady_rel is None else f" windows, until two agree to {stop.steady_rel * 100:g} %"
     return (
         f"{what} is repeated until the 95 % interval of its median is within ±{stop.ci_rel * 100:g} %, at least "
         f"{stop.min_samples} and at most {stop.max_samples} times, for at most {stop.cap_s:g} s; "
-        f"warm-up {stop.warmup_s:g} s."
+        f"warm-up {stop.warmup_s:g} s{steady}."
     )
 
 
@@ -188,7 +195,13 @@ def ratio_cell(row: pd.Series) -> str:
     return " ".join(part for part in (sign, interval(row), "".join(mark for mark, is_on in on if is_on)) if part)
 
 
-def interval(row: pd.Series) -> str:
+def measured(row: pd.Series, figure: str, digits: int = 4) -> str:
+    """`1,501 [1,496, 1,507]`: a row's figure and the interval that the row has of it."""
+    low, high = (significant(row[name], digits) for name in ("ci_low", "ci_high"))
+    return significant(row[figure], digits) + (f" [{low}, {high}]" if known(row["ci_low"]) else "")
+
+
+def interval(row: pd.Series | Mapping[str, Any]) -> str:
     """`1.31 [1.29, 1.33]`; a third decimal where two would round away the side of 1 that the interval is on."""
     low, high = row["low"], row["high"]
     if row["verdict"] == "no interval":
