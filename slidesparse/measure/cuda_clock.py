@@ -20,10 +20,11 @@ HEAD_START_CYCLES = 60_000
 
 @dataclass(frozen=True)
 class Graph:
-    """Captured launches; calling it replays them."""
+    """Captured launches; calling it replays them. A graph knows addresses only: `calls` keeps the buffers alive."""
 
     graph: Any
     launches: int
+    calls: tuple[Call, ...]
 
     def __call__(self) -> None:
         self.graph.replay()
@@ -84,7 +85,7 @@ def _capture(calls: Sequence[Call], repeats: int) -> Graph:
         finally:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    return Graph(graph, repeats * len(calls))
+    return Graph(graph, repeats * len(calls), tuple(calls))
 
 
 def sets_beyond_l2(bytes_per_set: int, most: int = 64) -> int:

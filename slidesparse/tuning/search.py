@@ -40,17 +40,20 @@ def run_task(run: Run, task: Task) -> Outcome:
                 for cell in group:
                     tuner.tune(cell)
                     bar.advance(note=str(cell))
+                if tuner.failed:
+                    outcome.notes.append(f"{model}-{dtype.suffix}: {tuner.failed} candidates failed (rows say why)")
     if tuned := len(store):
         outcome.notes.append(f"{tuned} winners stored")
     return outcome
 
 
 class _Tuner:
-    """The cells of one table."""
+    """The cells of one table. `failed`: candidates that were wrong or crashed."""
 
     def __init__(self, run: Run, store: TuningStore, book: RowBook, outcome: Outcome) -> None:
         self._run, self._store, self._book, self._outcome = run, store, book, outcome
         self._benches: dict[str, Workbench] = {}
+        self.failed = 0
         self._probe = telemetry.probe(run.machine)
         self._losses = LostContexts.open(run.tree.lost_contexts, store.versions)
         self._stopping = run.plan.profile.tune.stopping
@@ -128,8 +131,7 @@ class _Tuner:
         """Failed rows first and the winner last: the cell's last row says whether it is done."""
         valid = sorted((row for row in rows if row.status == "ok"), key=lambda row: -row.lat_us)
         failed = [row for row in rows if row.status != "ok"]
-        if failed:
-            self._outcome.notes.append(f"{cell}: {', '.join(row.algorithm for row in failed)} failed")
+        self.failed += len(failed)
         if not valid:
             self._outcome.failed += 1
             self._book.add(*failed)
