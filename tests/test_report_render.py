@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fixtures.result_trees import CPU, GPU, Writer, hardware, smoke
+from report_text import section, table_under, tables
 
 from slidesparse import machine, records
 from slidesparse.errors import SlideSparseError
@@ -24,26 +25,6 @@ SECTIONS = [
     "What this machine can do", "Checks and quality", "Errors and skips",
     "Full test matrix", "Comparison with published figures", "Other machines", "Conclusions", "Log and status files",
 ]  # fmt: skip
-
-
-def section(text: str, title: str) -> str:
-    """Text of one numbered section."""
-    heading = re.search(rf"^## \d+\. {title}", text, re.M)
-    assert heading is not None, title
-    return re.split(r"^## ", text[heading.start() + 3 :], flags=re.M)[0]
-
-
-def tables(text: str) -> list[list[list[str]]]:
-    """All tables: rows of cells, read as GitHub does (an escaped `|` does not end a cell)."""
-    found: list[list[list[str]]] = []
-    before = ""
-    for line in text.splitlines():
-        if line.startswith("|"):
-            if not before.startswith("|"):
-                found.append([])
-            found[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
-        before = line
-    return found
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -170,8 +151,7 @@ def test_title_names_the_machine(smoke_text: str, hardware_text: str) -> None:
 
 
 def cell_of(text: str, heading: str, table: int, row: str, column: str) -> str:
-    block = re.split(r"^### ", text[text.index(f"### {heading}\n") + 4 :], flags=re.M)[0]
-    found = tables(block)[table]
+    found = table_under(text, heading, table)
     return next(line for line in found if line[0] == row)[found[0].index(column)]
 
 
@@ -399,3 +379,11 @@ def test_tuning_shows_the_newest_candidates_of_a_cell(tmp_path: Path) -> None:
     assert sorted(frame["algorithm"]) == ["axpy", "dot"]
     table = tables(section(render_report(tree).read_text(), "Offline tuning"))[0]
     assert table[2][:8] == ["sparse gemm", "cpu_sparse 2:8", "fine", "1", "2", "`axpy`", "2.00x", "2.00x"]
+
+
+def test_tuning_says_how_many_candidates_there_were(hardware_text: str) -> None:
+    """Sparse GEMM: 3 rows of cells with 40 candidates, since only the leaders of a first look get one."""
+    table = tables(section(hardware_text, "Offline tuning"))[0]
+    shown = {row[0]: row[4] for row in table[2:]}
+    assert shown["sparse gemm"] == "3 of 40"
+    assert shown["dense gemm"] == "3"

@@ -85,13 +85,13 @@ def outcome(view: View, ratios: pd.DataFrame, emulation: bool) -> str:
     wins, loses = ("less time than dense", "more time") if emulation else ("sparse wins", "sparse loses")
     words = {"faster": wins, "slower": loses, "no difference shown": "cannot be told"}
     parts = []
-    many = good["backend"].nunique() > 1
+    many, every = good["backend"].nunique() > 1, sorted({int(m) for m in ratios["m"]})
     for verdict, phrase in words.items():
         named: dict[str, list[str]] = {}
         for backend, sparsity in view.sorted_variants(zip(good["backend"], good["sparsity"], strict=True)):
             variant = good[(good["backend"] == backend) & (good["sparsity"] == sparsity)]
             ms = sorted(int(m) for m in variant.loc[variant["verdict"] == verdict, "m"])
-            where = "every M" if len(ms) == len(variant) > 1 else f"M={', '.join(map(str, ms))}"
+            where = "every M" if ms == every and len(ms) > 1 else f"M={', '.join(map(str, ms))}"
             if ms:
                 named.setdefault(where, []).append(compare.label(backend, sparsity) if many else sparsity)
         said = [f"{', '.join(names)} ({where})" for where, names in named.items()]
