@@ -3,26 +3,30 @@
 quantise (+ lift): x [M, K] -> codes [M, K'], scale float32 [M, 1]; `reference.quantise` and `reference.lift`
 bit for bit, but for the sign of FP8 zeros.
 
-    Layout. A row is read as 32-bit pairs of 16-bit values. Lifted window w of 4 codes is pair p and p + 1 with
-    p = (w // windows) * (L / 2) + w % windows: a duplicated column is read again from the L1 cache, not from memory,
-    and each window is stored as one 32-bit word, four neighbouring words a thread as one 16-byte store.
-    Division. q = x * (1 / s) and one correction q + (x - q * s) * (1 / s) give the correctly rounded quotient
-    (Markstein, IBM J. Res. Dev. 34, 1990) in 3 operations; IEEE division in software takes about 10.
-    Rounding. Adding 1.5 * 2**23 rounds to the nearest even integer and leaves it in the low byte of the float.
-    Packing. The kernel is bound by instructions, not by memory, unless four codes become a word in 3 of them: byte
-    permutes for INT8, the paired e4m3 conversion for FP8. Measured on an H200, M = 16384, K = 2560, 2:8: 50.6 us
-    with shifts and masks, 40.8 us so; the bytes alone take 34.7 us at the copy bandwidth of that run.
-    Not finite. The largest magnitude is found on the integer bits, where NaN and infinity are above all numbers:
+    Layout. A row is read as 32-bit pairs of 16-bit values, once from memory for its largest magnitude and once from the
+    L1 cache for its codes. Lifted window w of 4 codes is pair p and p + 1 with p = w + w // windows (a group of L/2
+    pairs has L/2 - 1 windows), stored as one 32-bit word. Neighbouring lanes hold neighbouring windows, so that every
+    access of a warp is one run of memory; a program may take several rows: its address arithmetic serves them all.
+    INT8 codes take one operation a value: fma(x, r, 1.5 * 2**23) rounds x * r to the nearest even integer in its low
+    byte. With x and the row's largest magnitude of 8 bits, 127 * x / amax is either half-way between two integers or
+    2**-17 away from it, so that any r within 2**-21 of 1 / s rounds as the quotient does, but for exact ties. Ties are
+    x = amax / 2 alone, unless s is a power of two; r is moved by 4 units in the last place to that side on which the
+    quotient of this tie falls. (s a power of two: r and x * r are exact.)
+    FP8 codes take two: fma(x, r, x * e), e = (1 - s * r) * r the error of r, is the quotient to one float32 rounding.
+    Both hold for all pairs of mantissas: tests/test_triton_activations.py tries every one.
+    Not finite. The largest magnitude is found on pairs of bfloat16 bits, where NaN and infinity are above all numbers:
     such a row gets codes 0 and scale NaN.
 
 dequantise + bias: acc [M, N] -> bf16((acc * scale_token[m]) * scale_channel[n] + bias[n]), one rounding.
 
-All offsets are 64-bit: M * N may exceed 2**31.
+Where M is no multiple of a launch's rows, its last program starts earlier and writes some rows again, with the same
+bytes: no row needs a mask. All offsets are 64-bit: M * N may exceed 2**31.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -36,109 +40,261 @@ ROUND = tl.constexpr(12582912.0)
 """1.5 * 2**23: a float32 of this size has no fraction bits."""
 NOT_FINITE = tl.constexpr(0x7F80)
 """bfloat16 magnitude bits of infinity; NaNs are above."""
+WARP = 32
+SMALL_ROW = 1 << 15
+"""Up to so many windows a row, dividing by the windows of a group is one multiplication and a shift."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Tuned parameters of one launch: `words` is 32-bit words (pairs read, windows written) a step."""
+    """Tuned parameters of one launch.
+
+    words: what one step handles of each row: windows (quantise), outputs (dequantise). A multiple of 32 * warps, so
+        that every lane has work.
+    rows: rows of one program.
+    """
 
     words: int
     warps: int
+    rows: int
 
     def __str__(self) -> str:
-        return f"words={self.words} warps={self.warps}"
+        return f"words={self.words} warps={self.warps} rows={self.rows}"
 
 
 QUANTISE_LAUNCHES = tuple(
-    Launch(words, warps) for words, warps in ((128, 1), (256, 1), (512, 2), (512, 4), (1024, 4), (1024, 8))
-)
-"""Candidates of tuning."""
-DEFAULT_LAUNCH = Launch(1024, 4)
+    Launch(words, warps, rows)
+    for words, warps, rows in (
+        (256, 4, 1), (128, 4, 1), (256, 8, 1), (64, 2, 1), (64, 2, 2), (128, 4, 2), (32, 1, 1), (32, 1, 2), (32, 1, 4),
+    )
+)  # fmt: skip
+DEQUANTISE_LAUNCHES = tuple(
+    Launch(words, warps, rows)
+    for words, warps, rows in (
+        (512, 4, 2), (512, 4, 1), (512, 4, 4), (1024, 4, 2), (1024, 8, 1), (1024, 8, 2), (256, 2, 4), (256, 2, 8),
+    )
+)  # fmt: skip
+"""Candidates of tuning; the first is taken where nothing was tuned."""
+
+
+@lru_cache(maxsize=1024)
+def _sizes(k: int, dtype: DType, sparsity: Sparsity | None) -> dict[str, int | float | bool]:
+    """Compile-time constants of the quantise kernel for rows of K values. Raises ValueError: see `quantise_lift`."""
+    width = k if sparsity is None else sparsity.lifted_k(k)
+    if k == 0 or width % WINDOW or k % 2:
+        raise ValueError(f"quantise: K={k} must be a multiple of {WINDOW if sparsity is None else 2}")
+    pairs, words = k // 2, width // WINDOW
+    if sparsity is None or sparsity.l == WINDOW:
+        windows, inside = 1, pairs // 2
+    elif sparsity.l is None:
+        windows, inside = 0, pairs - 1
+    else:
+        windows = sparsity.windows_per_group(k)
+        inside = pairs // (windows + 1) * windows + max(0, pairs % (windows + 1) - 1)
+    return {
+        "PAIRS": pairs, "OUT": words, "WINDOWS": windows, "INSIDE": inside, "SMALL": words <= SMALL_ROW,
+        "FP8": dtype is DType.FP8, "LIMIT": dtype.limit, "FLOOR": SCALE_FLOOR,
+    }  # fmt: skip
+
+
+def lifted_width(k: int, dtype: DType, sparsity: Sparsity | None) -> int:
+    """Columns of the codes: K', or K without a pattern. Raises ValueError as `quantise_lift` does."""
+    return int(_sizes(k, dtype, sparsity)["OUT"]) * WINDOW
 
 
 def quantise_lift(
-    x: torch.Tensor, dtype: DType, sparsity: Sparsity | None, launch: Launch = DEFAULT_LAUNCH
+    x: torch.Tensor,
+    dtype: DType,
+    sparsity: Sparsity | None,
+    launch: Launch = QUANTISE_LAUNCHES[0],
+    codes: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x bfloat16 [M, K] contiguous -> codes [M, K'] (K without a pattern), scale float32 [M, 1].
 
-    Raises ValueError when K is no multiple of 4 (2 with a pattern): pad the layer.
+    Args:
+        dtype: INT8 or FP8.
+        codes, scale: where the results go; allocated if None.
+
+    Raises:
+        ValueError: x or an output has another type, shape or layout; K is no multiple of 4 (2 with a pattern): pad the
+            layer; dtype is not quantised.
     """
     m, k = x.shape
     if x.dtype != torch.bfloat16 or not x.is_contiguous():
         raise ValueError(f"quantise: x must be contiguous bfloat16 [M, K], not {x.dtype} with strides {x.stride()}")
-    width = k if sparsity is None else sparsity.lifted_k(k)
-    if width % WINDOW or k % 2:
-        raise ValueError(f"quantise: K={k} must be a multiple of {WINDOW if sparsity is None else 2}")
-    codes = torch.empty((m, width), dtype=dtype.torch, device=x.device)
-    scale = torch.empty((m, 1), dtype=torch.float32, device=x.device)
+    sizes = _sizes(k, dtype, sparsity)
+    codes = _output(codes, (m, lifted_width(k, dtype, sparsity)), dtype.torch, x.device, "codes")
+    scale = _output(scale, (m, 1), torch.float32, x.device, "scale")
     if m:
-        # Without a pattern (and for 2:4) windows do not overlap: one window of two pairs a group.
-        windows = 1 if sparsity is None else sparsity.windows_per_group(k)
-        stride = 2 if sparsity is None or sparsity.l is None else sparsity.l // 2
-        used = width // WINDOW if sparsity is None else sparsity.groups(k) * windows
-        _quantise_lift[(m,)](
-            x.view(torch.int32), codes.view(torch.int32), scale,
-            PAIRS=k // 2, USED=used, OUT=width // WINDOW, WINDOWS=windows, PAIRS_PER_GROUP=stride,
-            FP8=dtype is DType.FP8, LIMIT=dtype.limit, FLOOR=SCALE_FLOOR, PTX=not triton.knobs.runtime.interpret,
-            WORDS=launch.words, num_warps=launch.warps,
+        rows = min(launch.rows, m)
+        _quantise_lift[(triton.cdiv(m, rows),)](
+            x.view(torch.int32), codes.view(torch.int32), scale, m, **sizes, PTX=not triton.knobs.runtime.interpret,
+            ROWS=rows, LANES=WARP * launch.warps, STEPS=launch.words // (WARP * launch.warps), num_warps=launch.warps,
         )  # fmt: skip
     return codes, scale
 
 
+def _output(
+    given: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, name: str
+) -> torch.Tensor:
+    if given is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if given.shape != shape or given.dtype != dtype or not given.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous {dtype} {list(shape)}, not {given.dtype} {list(given.shape)} with strides "
+            f"{given.stride()}"
+        )
+    return given
+
+
 @triton.jit
 def _quantise_lift(
-    x_ptr, codes_ptr, scale_ptr,
-    PAIRS: tl.constexpr, USED: tl.constexpr, OUT: tl.constexpr, PTX: tl.constexpr, WINDOWS: tl.constexpr,
-    PAIRS_PER_GROUP: tl.constexpr, FP8: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, WORDS: tl.constexpr,
+    x_ptr, codes_ptr, scale_ptr, m,
+    PAIRS: tl.constexpr,  # of a row
+    OUT: tl.constexpr,  # words of a lifted row
+    WINDOWS: tl.constexpr,  # of a group; 1: they do not overlap; 0: 2:inf, one group of all
+    INSIDE: tl.constexpr,  # leading windows that lie in the row with both pairs
+    SMALL: tl.constexpr,
+    FP8: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+    PTX: tl.constexpr,  # False in the interpreter
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,  # whose loads are under way together, in the second pass
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * PAIRS
-    codes_ptr += row * OUT
-    lane = tl.arange(0, WORDS)
+    row = tl.program_id(0) * ROWS
+    if ROWS > 1:
+        row = tl.minimum(row, m - ROWS)
+    x_ptr += row.to(tl.int64) * PAIRS
+    codes_ptr += row.to(tl.int64) * OUT
 
-    largest = tl.zeros((WORDS,), tl.int32)
-    # Unrolled, because the loads of all steps are then under way together.
-    for step in tl.static_range(0, (PAIRS + WORDS - 1) // WORDS):
-        index = step * WORDS + lane
-        pair = tl.load(x_ptr + index, mask=index < PAIRS, other=0)
-        largest = tl.maximum(largest, tl.maximum(pair & 0x7FFF, (pair >> 16) & 0x7FFF))
-    top = tl.max(largest, axis=0)
-    finite = top < NOT_FINITE
-    amax = (tl.where(finite, top, 0) << 16).to(tl.float32, bitcast=True)
-    scale = tl.maximum(tl.div_rn(amax, LIMIT), FLOOR)
-    inverse = tl.div_rn(1.0, scale)
-    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))
-    keep = tl.where(finite, -1, 0)
+    # Unrolled, so that all loads of all rows are under way before the first is needed: 16 bytes a lane.
+    largest = ()
+    for r in tl.static_range(ROWS):
+        most = tl.zeros((4 * LANES,), tl.int32)
+        for start in tl.static_range(0, PAIRS, 4 * LANES):
+            index = start + tl.arange(0, 4 * LANES)
+            if start + 4 * LANES <= PAIRS:
+                pair = tl.load(x_ptr + (r * PAIRS + index))
+            else:
+                pair = tl.load(x_ptr + (r * PAIRS + index), mask=index < PAIRS, other=0)
+            most = _larger(most, pair, PTX)
+        largest += (most,)
 
-    for step in tl.static_range(0, (OUT + WORDS - 1) // WORDS):
-        window = step * WORDS + lane
-        pair = (window // WINDOWS) * PAIRS_PER_GROUP + window % WINDOWS
-        left = tl.load(x_ptr + pair, mask=(window < USED) & (pair < PAIRS), other=0) & keep
-        right = tl.load(x_ptr + pair + 1, mask=(window < USED) & (pair + 1 < PAIRS), other=0) & keep
-        word = _pack(
-            _divide(left << 16, scale, inverse),
-            _divide(left & -65536, scale, inverse),
-            _divide(right << 16, scale, inverse),
-            _divide(right & -65536, scale, inverse),
-            FP8, LIMIT, PTX,
-        )  # fmt: skip
-        tl.store(codes_ptr + window, word, mask=window < OUT)
+    inverses, errors, keeps = (), (), ()
+    for r in tl.static_range(ROWS):
+        top = tl.max(tl.maximum(largest[r] & 0xFFFF, largest[r] >> 16))
+        finite = top < NOT_FINITE
+        amax = (tl.where(finite, top, 0) << 16).to(tl.float32, bitcast=True)
+        scale = tl.maximum(tl.div_rn(amax, LIMIT), FLOOR)
+        tl.store(scale_ptr + row + r, tl.where(finite, scale, float("nan")))
+        inverse, error = _inverse(amax, scale, FP8)
+        inverses += (inverse,)
+        errors += (error,)
+        keeps += (tl.where(finite, -1, 0),)
+
+    lane = tl.arange(0, LANES)
+    for start in tl.static_range(0, OUT, STEPS * LANES):
+        lefts, rights = (), ()
+        for step in tl.static_range(STEPS):
+            if start + step * LANES < OUT:
+                for r in tl.static_range(ROWS):
+                    left, right = _window(
+                        x_ptr + r * PAIRS, start + step * LANES, lane, PAIRS, WINDOWS, INSIDE, SMALL, LANES
+                    )
+                    lefts += (left,)
+                    rights += (right,)
+        for step in tl.static_range(STEPS):
+            if start + step * LANES < OUT:
+                for r in tl.static_range(ROWS):
+                    place = step * ROWS + r
+                    word = _pack(
+                        _scaled(lefts[place] << 16, inverses[r], errors[r], FP8),
+                        _scaled(lefts[place] & -65536, inverses[r], errors[r], FP8),
+                        _scaled(rights[place] << 16, inverses[r], errors[r], FP8),
+                        _scaled(rights[place] & -65536, inverses[r], errors[r], FP8),
+                        FP8, LIMIT, PTX,
+                    ) & keeps[r]  # fmt: skip
+                    if start + (step + 1) * LANES <= OUT:
+                        tl.store(codes_ptr + (r * OUT + start + step * LANES + lane), word)
+                    else:
+                        inside = start + step * LANES + lane < OUT
+                        tl.store(codes_ptr + (r * OUT + start + step * LANES + lane), word, mask=inside)
 
 
 @triton.jit
-def _divide(bits, scale, inverse):
-    """Float32 bits / scale, correctly rounded."""
+def _larger(most, pair, PTX: tl.constexpr):
+    """Larger magnitudes of two pairs of bfloat16, NaN above all: one word of two magnitudes."""
+    if PTX:
+        larger = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 magnitude;
+            and.b32 magnitude, $2, 0x7fff7fff;
+            max.NaN.bf16x2 $0, $1, magnitude;
+            }""",
+            "=r,r,r", [most, pair], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        larger = tl.maximum(most & 0xFFFF, pair & 0x7FFF) | tl.maximum(most >> 16, (pair >> 16) & 0x7FFF) << 16
+    return larger
+
+
+@triton.jit
+def _inverse(amax, scale, FP8: tl.constexpr):
+    """1 / scale for `_scaled`: see the head of this file."""
+    inverse = tl.div_rn(1.0, scale)
+    if FP8:
+        error = tl.fma(-scale, inverse, 1.0) * inverse
+    else:
+        power_of_two = (scale.to(tl.int32, bitcast=True) & 0x7FFFFF) == 0
+        units = tl.where(power_of_two, 0, tl.where(tl.div_rn(amax * 0.5, scale) >= 63.5, 4, -4))
+        inverse = (inverse.to(tl.int32, bitcast=True) + units).to(tl.float32, bitcast=True)
+        error = inverse  # unused
+    return inverse, error
+
+
+@triton.jit
+def _scaled(bits, inverse, error, FP8: tl.constexpr):
+    """Float32 bits / scale: FP8 the quotient, INT8 a float whose low byte is its nearest even integer."""
     x = bits.to(tl.float32, bitcast=True)
-    q = x * inverse
-    return tl.fma(tl.fma(-q, scale, x), inverse, q)
+    return tl.fma(x, inverse, x * error if FP8 else ROUND)
+
+
+@triton.jit
+def _window(
+    x_ptr, start, lane, PAIRS: tl.constexpr, WINDOWS: tl.constexpr, INSIDE: tl.constexpr, SMALL: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The two pairs of windows start + lane; 0 past the row."""
+    window = start + lane
+    if WINDOWS == 0:
+        pair = window
+    elif WINDOWS == 1:
+        pair = window * 2
+    elif WINDOWS == 2 or WINDOWS == 4 or not SMALL:
+        pair = window + window // WINDOWS
+    else:
+        # Exact below 2**18 / 6: the factor is too large by at most 6/7.
+        factor: tl.constexpr = (2**18 + WINDOWS - 1) // WINDOWS
+        pair = window + ((window.to(tl.uint32) * factor) >> 18).to(tl.int32)
+    if start + LANES > INSIDE:
+        left = tl.load(x_ptr + pair, mask=pair < PAIRS, other=0)
+        right = tl.load(x_ptr + pair + 1, mask=pair + 1 < PAIRS, other=0)
+    elif WINDOWS == 1:
+        both = tl.load(x_ptr + 2 * start + tl.arange(0, 2 * LANES))
+        left, right = tl.split(tl.reshape(both, (LANES, 2)))
+    else:
+        left = tl.load(x_ptr + pair)
+        right = tl.load(x_ptr + pair + 1)
+    return left, right
 
 
 @triton.jit
 def _pack(a, b, c, d, FP8: tl.constexpr, LIMIT: tl.constexpr, PTX: tl.constexpr):
-    """Four quotients -> four codes in one int32, `a` in its low byte."""
+    """Four results of `_scaled` -> four codes in one int32, `a` in its low byte."""
     if FP8 and PTX:
         # NOTES: joining the halves by `mov.b32 $0, {low, high}` gave constant high halves in some unrolled kernels
-        # (ptxas of CUDA 12.8 as in Triton 3.6, sm_90); widening both and permuting does not.
+        # (ptxas of CUDA 12.8 as in Triton 3.6, sm_90); widening both and shifting does not.
         word = tl.inline_asm_elementwise(
             """{
             .reg .b16 low, high;
@@ -147,7 +303,8 @@ def _pack(a, b, c, d, FP8: tl.constexpr, LIMIT: tl.constexpr, PTX: tl.constexpr)
             cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
             cvt.u32.u16 x, low;
             cvt.u32.u16 y, high;
-            prmt.b32 $0, x, y, 0x5410;
+            shl.b32 y, y, 16;
+            or.b32 $0, x, y;
             }""",
             "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
@@ -161,18 +318,16 @@ def _pack(a, b, c, d, FP8: tl.constexpr, LIMIT: tl.constexpr, PTX: tl.constexpr)
             prmt.b32 high, $3, $4, 0x0040;
             prmt.b32 $0, low, high, 0x5410;
             }""",
-            "=r,r,r,r,r", [_rounded(a), _rounded(b), _rounded(c), _rounded(d)],
-            dtype=tl.int32, is_pure=True, pack=1,
+            "=r,r,r,r,r", [_bits(a), _bits(b), _bits(c), _bits(d)], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        word = _rounded(a) & 0xFF | (_rounded(b) & 0xFF) << 8 | (_rounded(c) & 0xFF) << 16 | _rounded(d) << 24
+        word = _bits(a) & 0xFF | (_bits(b) & 0xFF) << 8 | (_bits(c) & 0xFF) << 16 | _bits(d) << 24
     return word
 
 
 @triton.jit
-def _rounded(q):
-    """Nearest even integer in the low byte. |q| <= 127 but for the rounding of the scale, which this takes away."""
-    return (q + ROUND).to(tl.int32, bitcast=True)
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -180,37 +335,65 @@ def _e4m3(q, LIMIT: tl.constexpr):
     return tl.clamp(q, -LIMIT, LIMIT).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
 
 
-DEQUANTISE_LAUNCHES = tuple(Launch(words, warps) for words in (1024, 2048, 4096) for warps in (4, 8))
-
-
 def dequantise_bias(
     acc: torch.Tensor,
     scale_token: torch.Tensor,
     scale_channel: torch.Tensor,
     bias: torch.Tensor | None,
-    launch: Launch = DEFAULT_LAUNCH,
+    launch: Launch = DEQUANTISE_LAUNCHES[0],
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """acc [M, N] int32, float32 or bfloat16, scales float32 [M, 1] and [N, 1], bias [N] -> bfloat16 [M, N]."""
+    """acc [M, N] int32, float32 or bfloat16, scales float32 [M, 1] and [N, 1], bias [N] -> bfloat16 [M, N].
+
+    All contiguous. `out` is where the result goes; allocated if None. Raises ValueError when it does not fit.
+    """
     m, n = acc.shape
-    out = torch.empty((m, n), dtype=torch.bfloat16, device=acc.device)
+    out = _output(out, (m, n), torch.bfloat16, acc.device, "out")
     if m:
-        grid = (m, triton.cdiv(n, launch.words))
-        _dequantise_bias[grid](
-            acc, scale_token, scale_channel, acc if bias is None else bias, out, n,
-            BIAS=bias is not None, WORDS=launch.words, num_warps=launch.warps, enable_fp_fusion=False,
+        rows = min(launch.rows, m)
+        columns = triton.cdiv(n, launch.words)
+        _dequantise_bias[(triton.cdiv(m, rows) * columns,)](
+            acc, scale_token, scale_channel, acc if bias is None else bias, out, m,
+            N=n, COLUMNS=columns, BIAS=bias is not None, WORDS=launch.words, ROWS=rows,
+            num_warps=launch.warps, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
 @triton.jit
 def _dequantise_bias(
-    acc_ptr, token_ptr, channel_ptr, bias_ptr, out_ptr, n, BIAS: tl.constexpr, WORDS: tl.constexpr
+    acc_ptr, token_ptr, channel_ptr, bias_ptr, out_ptr, m,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,  # programs side by side
+    BIAS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    inside = column < n
-    acc = tl.load(acc_ptr + row * n + column, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
-    y = acc * tl.load(token_ptr + row) * tl.load(channel_ptr + column, mask=inside, other=0)
+    row = tl.program_id(0) // COLUMNS * ROWS
+    if ROWS > 1:
+        row = tl.minimum(row, m - ROWS)
+    column = tl.program_id(0) % COLUMNS * WORDS + tl.arange(0, WORDS)
+    inside = column < N
+    acc_ptr += row.to(tl.int64) * N
+    out_ptr += row.to(tl.int64) * N
+
+    # All loads first: stores are not passed by later loads.
+    sums, tokens = (), ()
+    for r in tl.static_range(ROWS):
+        sums += (_columns(acc_ptr + r * N, column, inside, N, WORDS),)
+    for r in tl.static_range(ROWS):
+        tokens += (tl.load(token_ptr + row + r),)
+    channel = _columns(channel_ptr, column, inside, N, WORDS)
     if BIAS:
-        y += tl.load(bias_ptr + column, mask=inside, other=0).to(tl.float32)
-    tl.store(out_ptr + row * n + column, y.to(tl.bfloat16), mask=inside)
+        bias = _columns(bias_ptr, column, inside, N, WORDS).to(tl.float32)
+    for r in tl.static_range(ROWS):
+        y = sums[r].to(tl.float32) * tokens[r] * channel
+        if BIAS:
+            y += bias
+        if N % WORDS:
+            tl.store(out_ptr + (r * N + column), y.to(tl.bfloat16), mask=inside)
+        else:
+            tl.store(out_ptr + (r * N + column), y.to(tl.bfloat16))
+
+
+@triton.jit
+def _columns(ptr, column, inside, N: tl.constexpr, WORDS: tl.constexpr):
+    return tl.load(ptr + column, mask=inside, other=0) if N % WORDS else tl.load(ptr + column)
