@@ -145,7 +145,7 @@ def test_a_point_is_ranked_and_still_right_afterwards() -> None:
 @pytest.mark.parametrize("dtype", QUANTISED)
 @pytest.mark.parametrize(("name", "sparsity"), [("cublaslt", None), ("cusparselt", Sparsity(8))])
 def test_the_size_that_crashed_published_runs(name: str, sparsity: Sparsity | None, dtype: DType) -> None:
-    """M = 65536, N = 37888 (gate_up of Qwen2.5-7B): M * N is above 2**31. The GEMM, every element; then the epilogue."""
+    """M = 65536, N = 37888 (gate_up of Qwen2.5-7B): M * N exceeds 2**31. The GEMM, every element; then the epilogue."""
     m, n, k = 65536, 37888, 3584
     one = point(name, dtype, sparsity, m, n, k)
     algorithm = one.algorithms()[0]

@@ -154,8 +154,11 @@ class _Variant:
         calls = [clock.prepare(other.calls(rival)) for rival in rivals]
         reference_path = ""
         if side.device == "cuda":  # the yardstick is a GPU's
-            reference_calls, reference_path = mine.reference_calls(ours, clock)
-            calls.append(clock.prepare(reference_calls))
+            from slidesparse.measure.reference_block import ReferenceBlock
+
+            yardstick = ReferenceBlock(mine, clock)
+            reference_path = yardstick.path()
+            calls.append(clock.prepare(yardstick.calls()))
         calls.append(clock.prepare(mine.calls(ours)))
         timed, watched = measured_unthrottled(
             self._probe, lambda: measure_together(calls, self._stopping, clock, self._seed)

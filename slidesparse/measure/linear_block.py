@@ -1,4 +1,4 @@
-"""The merged linears of a decoder block as things to time: whole, step by step, and as the reference runs them."""
+"""The merged linears of a decoder block as things to time: whole, and step by step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from slidesparse.kernels.linear import Choice, W8A8Linear
 from slidesparse.measure.clocks import buffer_sets
-from slidesparse.measure.timer import Call, Clock, leading
+from slidesparse.measure.timer import Call
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Block:
 
     def steps(self, choices: Sequence[Choice]) -> dict[str, list[Call]]:
         """Each step alone, for all linears, on each set of buffers. The GEMM is the one without fused scales."""
-        ready = [_Ready.make(parts, choices) for parts in self.sets]
+        ready = [Ready.make(parts, choices) for parts in self.sets]
         return {
             "quantise_us": [partial(_quantise, parts, choices) for parts in self.sets],
             "gemm_us": [partial(_gemm, parts, own, choices) for parts, own in zip(self.sets, ready, strict=True)],
@@ -53,28 +53,9 @@ class Block:
             ],
         }
 
-    def reference_calls(self, choices: Sequence[Choice], clock: Clock) -> tuple[list[Call], str]:
-        """The pipeline of the reference implementation around the same GEMM algorithms, by its best launches, and its
-        path."""
-        from slidesparse.kernels import reference_pipeline as pipeline
-
-        ready = [_Ready.make(parts, choices) for parts in self.sets]
-        quantisers = [
-            [partial(_reference_quantise, parts, launch) for parts in self.sets]
-            for launch in pipeline.QUANTISE_LAUNCHES
-        ]
-        dequantisers = [
-            [partial(_reference_dequantise, parts, own, launch) for parts, own in zip(self.sets, ready, strict=True)]
-            for launch in pipeline.DEQUANTISE_LAUNCHES
-        ]
-        quantise = pipeline.QUANTISE_LAUNCHES[leading(quantisers, clock, count=1)[0]]
-        dequantise = pipeline.DEQUANTISE_LAUNCHES[leading(dequantisers, clock, count=1)[0]]
-        calls: list[Call] = [partial(_reference, parts, choices, quantise, dequantise) for parts in self.sets]
-        return calls, f"reference structure: quantise + lift ({quantise}) > same GEMM > dequantise ({dequantise})"
-
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """What the steps after the first start from."""
 
     codes: list[torch.Tensor]
@@ -82,7 +63,7 @@ class _Ready:
     accs: list[torch.Tensor]
 
     @classmethod
-    def make(cls, parts: Sequence[Part], choices: Sequence[Choice]) -> _Ready:
+    def make(cls, parts: Sequence[Part], choices: Sequence[Choice]) -> Ready:
         codes, scales = zip(*_quantise(parts, choices), strict=True)
         accs = [
             torch.zeros(
@@ -109,49 +90,17 @@ def _quantise(parts: Sequence[Part], choices: Sequence[Choice]) -> list[tuple[to
     ]
 
 
-def _gemm(parts: Sequence[Part], ready: _Ready, choices: Sequence[Choice]) -> list[torch.Tensor]:
+def _gemm(parts: Sequence[Part], ready: Ready, choices: Sequence[Choice]) -> list[torch.Tensor]:
     return [
         part.linear.backend.gemm(codes, part.linear.weight, choice.gemm, acc)
         for part, codes, acc, choice in zip(parts, ready.codes, ready.accs, choices, strict=True)
     ]
 
 
-def _dequantise(parts: Sequence[Part], ready: _Ready, choices: Sequence[Choice]) -> list[torch.Tensor]:
+def _dequantise(parts: Sequence[Part], ready: Ready, choices: Sequence[Choice]) -> list[torch.Tensor]:
     return [
         part.linear.backend.activations.dequantise_bias(
             acc, scale, part.linear.scale, part.linear.bias, torch.bfloat16, choice.dequantise
         )
         for part, acc, scale, choice in zip(parts, ready.accs, ready.scales, choices, strict=True)
     ]
-
-
-def _reference_quantise(parts: Sequence[Part], launch: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    from slidesparse.kernels import reference_pipeline as pipeline
-
-    return [
-        pipeline.quantise_slide(part.tokens, part.linear.dtype, part.linear.variant.sparsity, launch) for part in parts
-    ]
-
-
-def _reference_dequantise(parts: Sequence[Part], ready: _Ready, launch: object) -> list[torch.Tensor]:
-    from slidesparse.kernels import reference_pipeline as pipeline
-
-    return [
-        pipeline.dequantise_bias(acc, scale, part.linear.scale, part.linear.bias, launch)
-        for part, acc, scale in zip(parts, ready.accs, ready.scales, strict=True)
-    ]
-
-
-def _reference(
-    parts: Sequence[Part], choices: Sequence[Choice], quantise: object, dequantise: object
-) -> list[torch.Tensor]:
-    from slidesparse.kernels import reference_pipeline as pipeline
-
-    outputs = []
-    for part, choice in zip(parts, choices, strict=True):
-        linear, x = part.linear, part.tokens
-        codes, scale = pipeline.quantise_slide(x, linear.dtype, linear.variant.sparsity, quantise)
-        acc = torch.empty(x.shape[0], linear.n, dtype=linear.backend.output(linear.dtype), device=x.device)
-        linear.backend.gemm(codes, linear.weight, choice.gemm, acc)
-        outputs.append(pipeline.dequantise_bias(acc, scale, linear.scale, linear.bias, dequantise))
-    return outputs
