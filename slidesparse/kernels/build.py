@@ -1,13 +1,15 @@
 """`python -m slidesparse.kernels.build`: compile csrc/ into the package.
 
-Needs a C++ compiler, cmake, and the CUDA headers that PyTorch's and NVIDIA's Python packages bring, or CUDA_HOME.
-No GPU, no nvcc: csrc/ is host code that loads the CUDA libraries at run time.
+The GEMM library (csrc/src) needs a C++ compiler, cmake, and the CUDA headers that PyTorch's and NVIDIA's Python
+packages bring, or CUDA_HOME; no nvcc: it is host code that loads the CUDA libraries at run time. The tensor-core
+microbenchmark (csrc/device) needs nvcc; without one it is left out, and one line says so. Neither needs a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,10 +18,19 @@ from pathlib import Path
 
 from slidesparse import files
 from slidesparse.errors import SlideSparseError, UnsupportedHere
+from slidesparse.kernels import peak_library
 from slidesparse.kernels.gemm_library import LIBRARY
 
 HEADERS = ("cuda_runtime_api.h", "crt/host_defines.h", "cublasLt.h", "cusparse.h", "cusparseLt.h")
 """One of each package that is needed: the runtime's own package lacks crt/, which Triton and CUDA's compiler bring."""
+
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120", "121")
+"""What device code is compiled for: Ampere, Ada, Hopper with its own instructions, Blackwell large and small."""
+DEVICE_SOURCES = ("device/peak.cu", "device/peak_wgmma.cu", "device/peak_mma_sync.cu", "src/status.cpp")
+NO_NVCC = (
+    "no nvcc; install nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-nvvm, nvidia-cuda-runtime and nvidia-cuda-cccl of one "
+    "CUDA release, or set CUDA_HOME"
+)
 
 
 def include_folders(roots: list[Path]) -> list[Path]:
@@ -63,16 +74,80 @@ def build(source: Path, target: Path) -> Path:
     return target / LIBRARY
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def find_nvcc() -> Path | None:
+    """CUDA_HOME's, else the PATH's, else that of the Python package nvidia-cuda-nvcc."""
+    home = os.environ.get("CUDA_HOME")
+    on_path = shutil.which("nvcc")
+    places = [Path(home) / "bin" / "nvcc"] if home else []
+    places += [Path(on_path)] if on_path else []
+    places += [place for package in _folders("nvidia") for place in sorted(package.glob("*/bin/nvcc"))]
+    return next((place for place in places if os.access(place, os.X_OK)), None)
+
+
+def known_architectures(nvcc: Path) -> tuple[str, ...]:
+    """Those of `ARCHITECTURES` that this nvcc has code for."""
+    listed = _run([str(nvcc), "--list-gpu-code"]).split()
+    return tuple(name for name in ARCHITECTURES if f"sm_{name.rstrip('a')}" in listed)
+
+
+def nvcc_command(nvcc: Path, source: Path) -> list[str]:
+    """What every call of nvcc for csrc/device has in common."""
+    folders = [f"-I{source / folder}" for folder in ("include", "src")]
+    return [str(nvcc), "-std=c++17", "-O3", "-Xcompiler", "-Wall,-fPIC,-fvisibility=hidden", *folders]
+
+
+def build_device(source: Path, target: Path, nvcc: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> Path:
+    """Compile csrc/device, CUDA runtime included. Raises SlideSparseError with the compiler's own first error."""
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+    # NOTES: the packages' nvcc looks for the runtime in lib64/, where toolkits have it; the packages have lib/.
+    options = ["-shared", "--threads", "0", "-cudart", "static", f"-L{nvcc.parent.parent / 'lib'}"]
+    sources = [str(source / name) for name in DEVICE_SOURCES]
+    with files.atomic_path(target / peak_library.LIBRARY) as partial:
+        _run([*nvcc_command(nvcc, source), *options, *codes, "-o", str(partial), *sources])
+    return target / peak_library.LIBRARY
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise SlideSparseError(f"{command[0]} cannot be run: {error.strerror}") from None
     if done.returncode != 0:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if re.search("error|fatal", line.lower())]
         raise SlideSparseError(f"{' '.join(command[:2])} failed: {lines[0] if lines else done.stderr.strip()[-300:]}")
+    return done.stdout
+
+
+def main() -> int:
+    """Build both libraries, one whatever becomes of the other; say where they are and what was left out.
+
+    Returns the exit code: 1 when one could not be built (a microbenchmark without nvcc is no failure).
+    """
+    package, failed = Path(__file__).parent, 0
+    for part in (_gemm_library, _device_library):
+        try:
+            for line in part(package.parent.parent / "csrc", package / "lib"):
+                print(line)
+        except SlideSparseError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = 1
+    return failed
+
+
+def _gemm_library(source: Path, target: Path) -> list[str]:
+    return [str(build(source, target))]
+
+
+def _device_library(source: Path, target: Path) -> list[str]:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return [f"left out: {peak_library.LIBRARY}, for the tensor-core rates of `slidesparse calibrate`: {NO_NVCC}"]
+    known = known_architectures(nvcc)
+    lines = [str(build_device(source, target, nvcc, known))]
+    if unknown := [f"sm_{name}" for name in ARCHITECTURES if name not in known]:
+        lines.append(f"left out: {', '.join(unknown)}, which {nvcc} does not know")
+    return lines
 
 
 if __name__ == "__main__":
-    package = Path(__file__).parent
-    try:
-        print(build(package.parent.parent / "csrc", package / "lib"))
-    except SlideSparseError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

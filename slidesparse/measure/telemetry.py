@@ -155,7 +155,9 @@ class Telemetry:
         self.peak_rss_mib = max(self.peak_rss_mib, psutil.Process().memory_info().rss / 2**20)
 
 
-def measured_unthrottled(device: Probe, measure: Callable[[], T]) -> tuple[T, dict[str, Any]]:
+def measured_unthrottled(
+    device: Probe, measure: Callable[[], T], period_s: float | None = None
+) -> tuple[T, dict[str, Any]]:
     """What `measure` gives, and the telemetry columns while it ran.
 
     The rule for throttled samples: a power cap is how a GPU normally limits itself under load, so such samples count
@@ -163,7 +165,7 @@ def measured_unthrottled(device: Probe, measure: Callable[[], T]) -> tuple[T, di
     comes back, the row keeps the mark.
     """
     for attempt in range(2):
-        with Telemetry(device) as watch:
+        with Telemetry(device, period_s) as watch:
             result = measure()
         if attempt or not watch.bits & HARD_THROTTLE:
             break
