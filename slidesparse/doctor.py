@@ -295,6 +295,8 @@ def _in_the_way(plan: Plan, cell: Cell, machine: Machine, seen: Surroundings) ->
             return next((problem for side in sides if (problem := seen.backend_problems[side, cell.dtype])), "")
         case CalibrateCell(dtype=DType.FP8) if not machine.supports_fp8():
             return "FP8E4M3 needs compute capability 8.9 (Ada)"
+        case CalibrateCell(quantity="tensor cores"):
+            return seen.rates_problem
         case _:
             return ""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slidesparse.dtypes import DType
-from slidesparse.errors import UnsupportedHere
+from slidesparse.errors import SlideSparseError, UnsupportedHere
 from slidesparse.files import existing_parent
 from slidesparse.kernels.backend import backend
 from slidesparse.machine import Machine
@@ -48,6 +48,8 @@ class Surroundings:
     """None: not asked, because nothing is to be fetched from the hub."""
     backend_problems: Mapping[tuple[str, DType], str] = field(default_factory=dict)
     engine_problem: str = ""
+    rates_problem: str = ""
+    """Why tensor-core rates cannot be measured, for what is installed; not asked without a GPU backend."""
 
 
 def look(plan: Plan, machine: Machine) -> Surroundings:
@@ -69,6 +71,7 @@ def look(plan: Plan, machine: Machine) -> Surroundings:
         hub_problem=_hub_problem() if missing and profile.source == "hub" else None,
         backend_problems={(name, dtype): _backend_problem(name, machine, dtype) for name in names for dtype in dtypes},
         engine_problem=_engine_problem(profile.engine, machine),
+        rates_problem=_rates_problem() if profile.on_gpu else "",
     )
 
 
@@ -170,5 +173,15 @@ def _engine_problem(name: str, machine: Machine) -> str:
     try:
         engine(name).require(machine)
     except UnsupportedHere as error:
+        return str(error)
+    return ""
+
+
+def _rates_problem() -> str:
+    from slidesparse.kernels import peak_library
+
+    try:
+        peak_library.load()
+    except SlideSparseError as error:
         return str(error)
     return ""

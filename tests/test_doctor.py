@@ -137,12 +137,14 @@ def test_whole_linear_layers_need_the_dense_side_too() -> None:
 
 def test_calibration_needs_a_gpu_and_nothing_of_the_backends() -> None:
     name = "task 10, what this machine can do"
-    nothing = {key: "not built" for key in READY.backend_problems}
+    nothing = dict.fromkeys(READY.backend_problems, "not built")
     assert finding(diagnose(REFERENCE, H100, replace(READY, backend_problems=nothing)), name).status == "ok"
     found = finding(diagnose(REFERENCE, A100, READY), name)
     assert found.detail == "4 of 17 cells will be skipped: FP8E4M3 needs compute capability 8.9 (Ada)"
     found = finding(diagnose(REFERENCE, CPU, replace(READY, nvidia_gpus=(), driver="")), name)
     assert (found.status, found.detail) == ("missing", "cannot run: no NVIDIA GPU, or no driver")
+    found = finding(diagnose(REFERENCE, H100, replace(READY, rates_problem="not built; run build")), name)
+    assert (found.status, found.detail) == ("warning", "16 of 17 cells will be skipped: not built; run build")
 
 
 def test_16_bit_types_are_judged_where_the_profile_has_them() -> None:

@@ -129,6 +129,7 @@ def test_rates_with_loads_are_taken_and_failures_are_none(tmp_path: Path) -> Non
     writer.changes = {
         "tensor cores FP8E4M3 2:4 with loads": {"status": "failed", "reason": "x"},
         "tensor cores INT8 dense": {"rate": 9999.0},
+        "tensor cores BF16 dense with loads": {"verified": "not_checked"},
     }
     writer.task(writer.plan.tasks[9])
     found = Attainable.of(collect(writer.tree).calibration)
@@ -136,7 +137,8 @@ def test_rates_with_loads_are_taken_and_failures_are_none(tmp_path: Path) -> Non
     assert found.tensor["INT8", False] == DENSE_TOPS[DType.INT8]
     assert found.tensor["INT8", True] == pytest.approx(SPARSE_GAIN * DENSE_TOPS[DType.INT8])
     assert ("FP8E4M3", True) not in found.tensor
-    assert len(found.tensor) == 2 * 4 - 1
+    assert ("BF16", False) not in found.tensor, "not checked"
+    assert len(found.tensor) == 2 * 4 - 2
 
 
 # -- in the report -------------------------------------------------------------------------------------

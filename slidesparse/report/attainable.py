@@ -25,6 +25,7 @@ import pandas as pd
 
 from slidesparse.dtypes import DType
 from slidesparse.pattern import Sparsity
+from slidesparse.report import compare
 
 COPY, TENSOR_CORES = "copy", "tensor cores"
 """Values of `CalibrationRow.quantity`."""
@@ -57,10 +58,10 @@ class Attainable:
 
     @classmethod
     def of(cls, calibration: pd.DataFrame) -> Attainable:
-        """From rows of `CalibrationRow`; failed and skipped ones count as not measured."""
+        """From rows of `CalibrationRow`; one that failed, was skipped or was not checked counts as not measured."""
         if calibration.empty:
             return cls()
-        done = calibration[(calibration["status"] == "ok") & (calibration["rate"] > 0)]
+        done = calibration[compare.checked(calibration) & (calibration["rate"] > 0)]
         copies = done.loc[done["quantity"] == COPY, "rate"]
         cores = done[(done["quantity"] == TENSOR_CORES) & done["loads"]]
         rates = zip(cores["dtype"], cores["sparse"], cores["rate"], strict=True)

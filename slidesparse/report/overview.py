@@ -256,8 +256,10 @@ def quality_table(view: View) -> Table:
         done, limit = frame[frame["status"] == "ok"], compare.limit_of(view.records.profile, kind)
         host = integer(int(done["host_bound"].sum())) if "host_bound" in done else MISSING
         wide = MISSING if limit is None else integer(int((done["ci_rel"] > limit).sum()))
+        # A rate has no limit to reach: it is measured for a set time.
+        capped = MISSING if kind == "calibrate" else integer(int((done["stop"] == "time cap").sum()))
         rows.append([
-            kind, MISSING if limit is None else f"±{limit * 100:g} %", integer(len(done)), wide,
-            integer(int((done["stop"] == "time cap").sum())), host, integer(int((done["throttle"] != "").sum())),
+            kind, MISSING if limit is None else f"±{limit * 100:g} %", integer(len(done)), wide, capped, host,
+            integer(int((done["throttle"] != "").sum())),
         ])  # fmt: skip
     return Table(head, rows)
