@@ -16,6 +16,7 @@ from typing import Any
 
 from slidesparse import files, machine
 from slidesparse.errors import ContextLost, DiskError, SlideSparseError
+from slidesparse.kernels.gemm_library import loaded_versions
 from slidesparse.plan import Plan, Stage, Task
 from slidesparse.result_tree import ResultTree
 from slidesparse.run import Outcome, Run
@@ -199,7 +200,7 @@ def _write_environment(run: Run) -> None:
         path,
         {
             "machine": run.machine.describe(),
-            "packages": machine.package_versions(),
+            "packages": machine.package_versions() | loaded_versions(),
             "commit": commit,
             "lock_sha256": lock_hash(),
             "profile": run.plan.profile_name,

@@ -189,6 +189,24 @@ def load(folder: Path | None = None) -> GemmLibrary:
     return GemmLibrary(path, cublaslt_path(), cusparselt_path())
 
 
+def loaded_versions() -> dict[str, str]:
+    """What the libraries say of themselves, once loaded; empty where there is no GPU or they are not to be had."""
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        versions = load().versions()
+    except UnsupportedHere:
+        return {}
+    found = {}
+    if "cublaslt" in versions:  # cublasLt.h: major * 10000 + minor * 100 + patch
+        v = versions["cublaslt"]
+        found["libcublasLt"] = f"{v // 10000}.{v // 100 % 100}.{v % 100}"
+    if "cusparselt" in versions:  # cusparseLt.h: major * 1000 + minor * 100 + patch
+        v = versions["cusparselt"]
+        found["libcusparseLt"] = f"{v // 1000}.{v // 100 % 10}.{v % 100}"
+    return found
+
+
 def cublaslt_path() -> Path:
     """The cuBLASLt that PyTorch brings (one build a process). Raises UnsupportedHere if there is none."""
     return _installed("nvidia.cu13", "lib/libcublasLt.so.13") or _missing("cuBLASLt", "nvidia-cublas")

@@ -23,9 +23,10 @@ class TritonActivations(Activations):
     def quantise(
         self, x: torch.Tensor, dtype: DType, sparsity: Sparsity | None, algorithm: Algorithm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from slidesparse.kernels import triton_activations as kernels
+        from slidesparse.kernels import activation_ops as operators
+        from slidesparse.kernels.triton_activations import QUANTISE_LAUNCHES
 
-        return kernels.quantise_lift(x, dtype, sparsity, kernels.QUANTISE_LAUNCHES[algorithm.alg_id])
+        return operators.quantise_lift(x, dtype, sparsity, QUANTISE_LAUNCHES[algorithm.alg_id])
 
     def dequantise_bias(
         self,
@@ -36,9 +37,10 @@ class TritonActivations(Activations):
         out_dtype: torch.dtype,
         algorithm: Algorithm,
     ) -> torch.Tensor:
-        from slidesparse.kernels import triton_activations as kernels
+        from slidesparse.kernels import activation_ops as operators
+        from slidesparse.kernels.triton_activations import DEQUANTISE_LAUNCHES
 
         if out_dtype is not torch.bfloat16:
             raise ValueError(f"the Triton kernel writes bfloat16, not {out_dtype}")
-        launch = kernels.DEQUANTISE_LAUNCHES[algorithm.alg_id]
-        return kernels.dequantise_bias(acc, scale_token, scale_channel, bias, launch)
+        launch = DEQUANTISE_LAUNCHES[algorithm.alg_id]
+        return operators.dequantise_bias(acc, scale_token, scale_channel, bias, launch)

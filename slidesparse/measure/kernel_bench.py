@@ -16,6 +16,7 @@ from slidesparse.dtypes import DType
 from slidesparse.errors import ContextLost, DiskError, UnsupportedHere, VerificationError
 from slidesparse.kernels import operands
 from slidesparse.kernels.backend import Algorithm, Backend, backend, named
+from slidesparse.kernels.gemm_library import loaded_versions
 from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.kernels.verify import Check
 from slidesparse.measure import telemetry
@@ -233,6 +234,7 @@ class _Table:
             f"alg_count: {count}",
             f"torch: {packages.get('torch', 'unknown')}",
             f"CUDA runtime: {host.cuda or 'none'}",
+            *(f"{name}: {version}" for name, version in loaded_versions().items()),
             f"warmup={stopping.warmup_s} s, repeat={stopping.min_samples}..{stopping.max_samples} until the "
             f"95 % interval is within +-{stopping.ci_rel:.0%} or {stopping.cap_s} s, verify=True",
             f"M_list: {sorted({cell.m for cell in self._cells})}",

@@ -15,6 +15,7 @@ from pathlib import Path
 from slidesparse import files
 from slidesparse.dtypes import DType
 from slidesparse.errors import RecordError
+from slidesparse.kernels.gemm_library import loaded_versions
 from slidesparse.machine import package_versions
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Operation, fingerprint
@@ -31,8 +32,9 @@ Key = tuple[str, str, str, str, int, int, int]
 
 
 def kernel_versions() -> dict[str, str]:
-    """Versions here of the packages that run kernels."""
-    return {name: version for name, version in package_versions().items() if name in KERNEL_PACKAGES}
+    """Versions here of the packages that run kernels, and of the GPU libraries that are really loaded."""
+    packages = {name: version for name, version in package_versions().items() if name in KERNEL_PACKAGES}
+    return packages | loaded_versions()
 
 
 @dataclass(frozen=True)
