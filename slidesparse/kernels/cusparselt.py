@@ -13,8 +13,10 @@ from slidesparse.kernels.backend import Activations, Algorithm, Backend, Weight
 from slidesparse.kernels.gemm_library import PLAIN, GemmAlgorithm, Problem
 from slidesparse.kernels.gpu_activations import TritonActivations
 from slidesparse.machine import Machine
-from slidesparse.pattern import K_ALIGNMENT, KEPT, WINDOW
+from slidesparse.pattern import K_ALIGNMENT, KEPT, WINDOW, align
 
+M_ALIGNMENT = 16
+"""cuSPARSELt takes no other M; ragged ones are copied into padded buffers and back."""
 ANY_M = 64
 """The compressed form does not depend on M: any serves to make it."""
 
@@ -33,7 +35,8 @@ class CusparseLt(Backend):
         gemm_library.load()
 
     def algorithms(self, dtype: DType, m: int, n: int, k: int) -> tuple[Algorithm, ...]:
-        return tuple(_described(found) for found in self._listed(self._problem(dtype, m, n, k)).values())
+        problem = self._problem(dtype, align(m, M_ALIGNMENT), n, k)
+        return tuple(_described(found) for found in self._listed(problem).values())
 
     def output(self, dtype: DType) -> torch.dtype:
         return gpu.output(dtype)
@@ -56,7 +59,14 @@ class CusparseLt(Backend):
     def gemm(self, x: torch.Tensor, weight: Weight, algorithm: Algorithm, out: torch.Tensor) -> torch.Tensor:
         from slidesparse.kernels import gemm_ops
 
-        problem = self._problem(weight.dtype, x.shape[0], weight.n, weight.k)
+        m = x.shape[0]
+        if m % M_ALIGNMENT:
+            padded = x.new_zeros(align(m, M_ALIGNMENT), x.shape[1])
+            padded[:m] = x
+            wide = out.new_empty(padded.shape[0], out.shape[1])
+            out.copy_(self.gemm(padded, weight, algorithm, wide)[:m])
+            return out
+        problem = self._problem(weight.dtype, m, weight.n, weight.k)
         found = self._listed(problem).get(algorithm.name)
         if found is None:
             raise UnsupportedHere(f"cusparselt has no algorithm {algorithm.name} for {problem}")
