@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from fixtures.result_trees import CPU, GPU, Writer
+from fixtures.result_trees import CPU, GPU, Machine, Writer
 from report_text import block, section, table_under, tables
 
 from slidesparse.report import compare
@@ -207,6 +208,17 @@ def test_a_broken_table_is_reported_not_fatal(tmp_path: Path) -> None:
     assert "column dtype: 'BF8' is none of" in errors
 
 
+def test_another_machine_with_whole_layers_alone_stands_beside(tree: ResultTree, tmp_path: Path) -> None:
+    other = Writer(tmp_path, "bitnet-2b", Machine("H200_cc90_py312_cu130_x86_64", GPU.gpu))
+    other.task(other.plan.tasks[8])
+    own = ResultTree(tmp_path / "own" / tree.tag, tree.tag)
+    shutil.copytree(tree.root, own.root)
+    part = section(render_report(own, [other.tree.root]).read_text(), "Other machines")
+    table = table_under(part, "Whole linear layers, BitNet-2B INT8, by machine", 0)
+    assert [row[1] for row in table[2:4]] == ["decoder block", ""]
+    assert [row[2] for row in table[2:4]] == ["H100_cc90, cusparselt", "H200_cc90, cusparselt"]
+
+
 # -- square shapes and 16-bit types -----------------------------------------------------------------------
 
 
@@ -248,6 +260,21 @@ def test_squares_are_compared_with_the_published_ones_by_size(wide: ResultTree) 
     details = tables(part[part.index("<summary>Kernel, SQUARE INT8: ours") :])[0]
     assert details[0][:2] == ["pattern", "N x K"]
     assert {row[1] for row in details[2:]} == {"M = N = K"}
+
+
+def test_on_another_gpu_squares_stand_side_by_side(tmp_path: Path) -> None:
+    gpu = None if GPU.gpu is None else GPU.gpu | {"name": "NVIDIA H200"}
+    writer = Writer(tmp_path, "kernels", Machine("H200_cc90_py312_cu130_x86_64", gpu))
+    for number in (5, 6):
+        writer.task(writer.plan.tasks[number])
+    writer.environment()
+    part = section(render_report(writer.tree).read_text(), "Comparison with published figures")
+    table = tables(part[part.index("<summary>Kernel (M = N = K), SQUARE BF16") :])[0]
+    machines = {row[1] for row in table[2:]}
+    assert {"H100", "**here**, cusparselt"} <= machines
+    here = next(row for row in table if row[1] == "**here**, cusparselt")
+    sizes = [cell for cell, m in zip(here, table[0], strict=True) if m in ("M=1024", "M=16384") and cell]
+    assert len(sizes) == 2
 
 
 def test_headlines_keep_to_models_and_their_types(wide: ResultTree) -> None:

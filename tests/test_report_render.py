@@ -317,7 +317,7 @@ def test_other_machines_stand_beside(hardware_tree: ResultTree, tmp_path: Path) 
 
 
 def test_a_folder_without_results_is_refused(hardware_tree: ResultTree, tmp_path: Path) -> None:
-    for folder, problem in ((tmp_path, "no prefill, decode or kernel results"), (tmp_path / "x", "no such folder")):
+    for folder, problem in ((tmp_path, "no benchmark results"), (tmp_path / "x", "no such folder")):
         with pytest.raises(SlideSparseError, match=problem):
             render_report(hardware_tree, [folder])
 

@@ -106,10 +106,10 @@ def trees_in(folder: Path) -> list[ResultTree]:
     tags = {path.name for path in folder.glob("benchmark_kernel/*/alg_search_results/*") if path.is_dir()}
     for path in folder.glob("throughput_benchmark_results/*/*"):
         tags.add(_TAG_WITH_DTYPE.sub("", path.name))
+    if not tags and (folder / "benchmark_linear").is_dir():
+        tags.add(folder.resolve().name)  # whole layers lie in our own trees alone, whose folder is the tag
     if not tags:
-        raise SlideSparseError(
-            f"{folder}: no prefill, decode or kernel results there; give another machine's reports/TAG"
-        )
+        raise SlideSparseError(f"{folder}: no benchmark results there; give another machine's reports/TAG")
     return [ResultTree(folder, tag) for tag in sorted(tags)]
 
 
