@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Regenerates base.lock and dev.lock (hash-pinned, Python 3.11 and 3.12, x86_64 and aarch64).
 # torch and the CUDA packages that it brings are left out: which build fits depends on the machine,
-# so torch-cpu.txt and torch-cuda.txt pin them apart.
+# so torch-cpu.txt and torch-cuda.txt pin them apart. dev.lock has those that dev.in names itself, nvcc's own.
 set -euo pipefail
 cd "$(dirname "$0")"
 uv=${UV:-uv}
@@ -11,6 +11,10 @@ for package in cublas cuda-cccl cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cu
   skip+=("nvidia-$package")
 done
 arguments=(--quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock")
-for package in "${skip[@]}"; do arguments+=(--no-emit-package "$package"); done
-"$uv" pip compile "${arguments[@]}" -c torch-cpu.txt base.in -o base.lock
-"$uv" pip compile "${arguments[@]}" -c torch-cpu.txt -c base.lock dev.in -o dev.lock
+base=() dev=()
+for package in "${skip[@]}"; do
+  base+=(--no-emit-package "$package")
+  grep -q "^$package==" dev.in || dev+=(--no-emit-package "$package")
+done
+"$uv" pip compile "${arguments[@]}" "${base[@]}" -c torch-cpu.txt base.in -o base.lock
+"$uv" pip compile "${arguments[@]}" "${dev[@]}" -c torch-cpu.txt -c base.lock dev.in -o dev.lock
