@@ -41,6 +41,8 @@ ROUND = tl.constexpr(12582912.0)
 NOT_FINITE = tl.constexpr(0x7F80)
 """bfloat16 magnitude bits of infinity; NaNs are above."""
 WARP = 32
+UNROLLED = 64
+"""Words a lane up to which the second pass is unrolled: beyond, compiling takes many seconds."""
 SMALL_ROW = 1 << 15
 """Up to so many windows a row, dividing by the windows of a group is one multiplication and a shift."""
 
@@ -127,10 +129,11 @@ def quantise_lift(
     codes = _output(codes, (m, lifted_width(k, dtype, sparsity)), dtype.torch, x.device, "codes")
     scale = _output(scale, (m, 1), torch.float32, x.device, "scale")
     if m:
-        rows = min(launch.rows, m)
+        rows, lanes = min(launch.rows, m), WARP * launch.warps
+        looped = 0 if sizes["OUT"] * rows <= UNROLLED * lanes else sizes["INSIDE"] // launch.words * launch.words
         _quantise_lift[(triton.cdiv(m, rows),)](
             x.view(torch.int32), codes.view(torch.int32), scale, m, **sizes, PTX=not triton.knobs.runtime.interpret,
-            ROWS=rows, LANES=WARP * launch.warps, STEPS=launch.words // (WARP * launch.warps), num_warps=launch.warps,
+            ROWS=rows, LANES=lanes, STEPS=launch.words // lanes, LOOPED=looped, num_warps=launch.warps,
         )  # fmt: skip
     return codes, scale
 
@@ -161,6 +164,7 @@ def _quantise_lift(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     STEPS: tl.constexpr,  # whose loads are under way together, in the second pass
+    LOOPED: tl.constexpr,  # leading windows that a loop writes; the rest is unrolled
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS
     if ROWS > 1:
@@ -193,33 +197,50 @@ def _quantise_lift(
         errors += (error,)
         keeps += (tl.where(finite, -1, 0),)
 
+    for start in tl.range(0, LOOPED, STEPS * LANES):
+        _write(
+            x_ptr, codes_ptr, start, inverses, errors, keeps, STEPS, False, False,
+            PAIRS, OUT, WINDOWS, SMALL, FP8, LIMIT, PTX, ROWS, LANES,
+        )  # fmt: skip
+    for start in tl.static_range(LOOPED, OUT, LANES):
+        if start >= INSIDE // LANES * LANES:
+            _write(
+                x_ptr, codes_ptr, start, inverses, errors, keeps, 1, start + LANES > INSIDE, start + LANES > OUT,
+                PAIRS, OUT, WINDOWS, SMALL, FP8, LIMIT, PTX, ROWS, LANES,
+            )  # fmt: skip
+        elif (start - LOOPED) % (STEPS * LANES) == 0:
+            # The last of these batches may be shorter.
+            _write(
+                x_ptr, codes_ptr, start, inverses, errors, keeps, min(STEPS, (INSIDE - start) // LANES), False, False,
+                PAIRS, OUT, WINDOWS, SMALL, FP8, LIMIT, PTX, ROWS, LANES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _write(
+    x_ptr, codes_ptr, start, inverses, errors, keeps,
+    STEPS: tl.constexpr,
+    BORDER: tl.constexpr,  # some windows reach past the row
+    END: tl.constexpr,  # some windows are past the lifted row
+    PAIRS: tl.constexpr, OUT: tl.constexpr, WINDOWS: tl.constexpr, SMALL: tl.constexpr, FP8: tl.constexpr,
+    LIMIT: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Second pass over STEPS * LANES windows of every row. All loads come first: stores are not passed by loads."""
     lane = tl.arange(0, LANES)
-    for start in tl.static_range(0, OUT, STEPS * LANES):
-        lefts, rights = (), ()
-        for step in tl.static_range(STEPS):
-            if start + step * LANES < OUT:
-                for r in tl.static_range(ROWS):
-                    left, right = _window(
-                        x_ptr + r * PAIRS, start + step * LANES, lane, PAIRS, WINDOWS, INSIDE, SMALL, LANES
-                    )
-                    lefts += (left,)
-                    rights += (right,)
-        for step in tl.static_range(STEPS):
-            if start + step * LANES < OUT:
-                for r in tl.static_range(ROWS):
-                    place = step * ROWS + r
-                    word = _pack(
-                        _scaled(lefts[place] << 16, inverses[r], errors[r], FP8),
-                        _scaled(lefts[place] & -65536, inverses[r], errors[r], FP8),
-                        _scaled(rights[place] << 16, inverses[r], errors[r], FP8),
-                        _scaled(rights[place] & -65536, inverses[r], errors[r], FP8),
-                        FP8, LIMIT, PTX,
-                    ) & keeps[r]  # fmt: skip
-                    if start + (step + 1) * LANES <= OUT:
-                        tl.store(codes_ptr + (r * OUT + start + step * LANES + lane), word)
-                    else:
-                        inside = start + step * LANES + lane < OUT
-                        tl.store(codes_ptr + (r * OUT + start + step * LANES + lane), word, mask=inside)
+    lefts, rights = (), ()
+    for step in tl.static_range(STEPS):
+        for r in tl.static_range(ROWS):
+            left, right = _window(x_ptr + r * PAIRS, start + step * LANES, lane, PAIRS, WINDOWS, BORDER, SMALL, LANES)
+            lefts += (left,)
+            rights += (right,)
+    for step in tl.static_range(STEPS):
+        for r in tl.static_range(ROWS):
+            word = _word(lefts[step * ROWS + r], rights[step * ROWS + r], inverses[r], errors[r], FP8, LIMIT, PTX)
+            window = start + step * LANES + lane
+            if END:
+                tl.store(codes_ptr + (r * OUT + window), word & keeps[r], mask=window < OUT)
+            else:
+                tl.store(codes_ptr + (r * OUT + window), word & keeps[r])
 
 
 @triton.jit
@@ -262,7 +283,7 @@ def _scaled(bits, inverse, error, FP8: tl.constexpr):
 
 @triton.jit
 def _window(
-    x_ptr, start, lane, PAIRS: tl.constexpr, WINDOWS: tl.constexpr, INSIDE: tl.constexpr, SMALL: tl.constexpr,
+    x_ptr, start, lane, PAIRS: tl.constexpr, WINDOWS: tl.constexpr, BORDER: tl.constexpr, SMALL: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """The two pairs of windows start + lane; 0 past the row."""
@@ -277,7 +298,7 @@ def _window(
         # Exact below 2**18 / 6: the factor is too large by at most 6/7.
         factor: tl.constexpr = (2**18 + WINDOWS - 1) // WINDOWS
         pair = window + ((window.to(tl.uint32) * factor) >> 18).to(tl.int32)
-    if start + LANES > INSIDE:
+    if BORDER:
         left = tl.load(x_ptr + pair, mask=pair < PAIRS, other=0)
         right = tl.load(x_ptr + pair + 1, mask=pair + 1 < PAIRS, other=0)
     elif WINDOWS == 1:
@@ -287,6 +308,16 @@ def _window(
         left = tl.load(x_ptr + pair)
         right = tl.load(x_ptr + pair + 1)
     return left, right
+
+
+@triton.jit
+def _word(left, right, inverse, error, FP8: tl.constexpr, LIMIT: tl.constexpr, PTX: tl.constexpr):
+    """The four codes of a window."""
+    a = _scaled(left << 16, inverse, error, FP8)
+    b = _scaled(left & -65536, inverse, error, FP8)
+    c = _scaled(right << 16, inverse, error, FP8)
+    d = _scaled(right & -65536, inverse, error, FP8)
+    return _pack(a, b, c, d, FP8, LIMIT, PTX)
 
 
 @triton.jit
