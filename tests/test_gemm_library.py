@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slidesparse.errors import SlideSparseError, UnsupportedHere
-from slidesparse.kernels import build, gemm_library
+from slidesparse.kernels import build, gemm_library, peak_library
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -62,3 +62,98 @@ def test_not_built_says_how_to_build(tmp_path: Path) -> None:
     gemm_library.load.cache_clear()
     with pytest.raises(UnsupportedHere, match=r"not built; run `python -m slidesparse.kernels.build`"):
         gemm_library.load(tmp_path)
+
+
+# -- python -m slidesparse.kernels.build ---------------------------------------------------------------
+
+
+def fake_nvcc(folder: Path, codes: str, script: str = "exit 0") -> Path:
+    """A program that lists architectures as nvcc does and otherwise runs `script`."""
+    path = folder / "nvcc"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo "{codes}" && exit 0\n{script}\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`main` writes into this folder; the GEMM library builds."""
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "slidesparse" / "kernels" / "build.py"))
+    monkeypatch.setattr(build, "build", lambda source, target: target / gemm_library.LIBRARY)
+    return tmp_path / "slidesparse" / "kernels" / "lib"
+
+
+def test_without_nvcc_one_line_says_what_is_left_out(
+    both: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    assert build.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(both / gemm_library.LIBRARY)
+    assert lines[1].startswith("left out: libslidesparse_peak.so, for the tensor-core rates of `slidesparse calibrate`")
+    assert "install nvidia-cuda-nvcc" in lines[1]
+    assert len(lines) == 2
+
+
+def test_with_nvcc_both_are_built_and_unknown_architectures_named(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An older CUDA than the newest GPU serves the GPUs that it knows."""
+    called = tmp_path / "called"
+    script = f'echo "$@" > {called}; while [ "$1" != -o ]; do shift; done; echo code > "$2"'
+    nvcc = fake_nvcc(tmp_path / "bin", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120", script)
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    assert build.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == str(both / peak_library.LIBRARY)
+    assert lines[2] == f"left out: sm_121, which {nvcc} does not know"
+    assert (both / peak_library.LIBRARY).read_text() == "code\n"
+    arguments = called.read_text()
+    assert "code=sm_90a" in arguments
+    assert "sm_121" not in arguments
+    assert "-cudart static" in arguments
+
+
+def test_a_failing_nvcc_gives_its_first_error_and_leaves_no_library(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvcc = fake_nvcc(tmp_path / "bin", "sm_80", 'echo "a.cu(3): error: no such thing" >&2; exit 2')
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    assert build.main() == 1
+    seen = capsys.readouterr()
+    assert seen.out.splitlines() == [str(both / gemm_library.LIBRARY)], "the other library is built all the same"
+    assert seen.err.splitlines() == [f"error: {nvcc} -std=c++17 failed: a.cu(3): error: no such thing"]
+    assert not (both / peak_library.LIBRARY).exists()
+
+
+def test_nvcc_is_looked_for_in_cuda_home_then_path_then_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, on_path = fake_nvcc(tmp_path / "home" / "bin", ""), fake_nvcc(tmp_path / "path", "")
+    packaged = fake_nvcc(tmp_path / "nvidia" / "cu13" / "bin", "")
+    monkeypatch.setattr(build, "_folders", lambda package: [tmp_path / package])
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert build.find_nvcc() == home
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    assert build.find_nvcc() == on_path
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert build.find_nvcc() == packaged
+    packaged.chmod(0o644)
+    assert build.find_nvcc() is None, "a file that cannot be run is none"
+
+
+def test_a_header_less_machine_still_builds_the_microbenchmark(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(source: Path, target: Path) -> Path:
+        raise UnsupportedHere("no cublasLt.h: install nvidia-cublas")
+
+    monkeypatch.setattr(build, "build", fails)
+    nvcc = fake_nvcc(tmp_path / "bin", "sm_80", 'while [ "$1" != -o ]; do shift; done; echo code > "$2"')
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    assert build.main() == 1
+    seen = capsys.readouterr()
+    assert seen.out.splitlines()[0] == str(both / peak_library.LIBRARY)
+    assert seen.err == "error: no cublasLt.h: install nvidia-cublas\n"
