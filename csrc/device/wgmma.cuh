@@ -105,7 +105,7 @@ template <int Type, bool Sparse, int N>
 struct Instruction;
 
 // Of the operands after the descriptors: "0" selects the threads of a quad that hold the metadata, the first "1" adds
-// to d instead of overwriting it, the next two take a and b with their own sign, "0, 0" says that neither is transposed.
+// to d instead of overwriting it, the next two take a and b with their own sign, "0, 0": neither is transposed.
 #define SS_WGMMA(TYPE, N, C, K, SPARSE_K, TYPES, TAIL)                                                             \
   template <>                                                                                                      \
   struct Instruction<TYPE, false, N> {                                                                             \
