@@ -167,6 +167,10 @@ class TuneRow(TimedRow):
     lat_us: float = UNMEASURED
     candidates: int = -1
     """Candidates of the cell. Where there are many, only those that led a first, short look have a row."""
+    bytes_moved: int = -1
+    """Activation kernels: each input byte read once, each output byte written once."""
+    copy_us: float = UNMEASURED
+    """A copy of as many bytes (read plus written), in the same rounds: what memory allows at this size."""
     winner: bool = False
 
 

@@ -14,9 +14,12 @@ from slidesparse.kernels.backend import Algorithm, Backend
 from slidesparse.kernels.verify import Check
 from slidesparse.measure.clocks import buffer_sets
 from slidesparse.measure.gemm_point import GemmPoint, LayerWeight, Product
-from slidesparse.measure.timer import Call
-from slidesparse.pattern import Sparsity
+from slidesparse.measure.timer import Call, Clock, leading
+from slidesparse.pattern import Sparsity, align
 from slidesparse.plan import TuneCell
+
+BFLOAT16, FLOAT32 = 2, 4
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,33 @@ class Workbench:
                 return self._quantise(cell)
             case "dequantise_bias":
                 return self._dequantise(cell)
+
+    def bytes_moved(self, cell: TuneCell) -> int:
+        """Bytes that an activation kernel has to read and write at least; -1 for a GEMM."""
+        sparsity = cell.variant.sparsity
+        match cell.operation:
+            case "quantise" | "quantise_lift":
+                width = cell.k if sparsity is None else sparsity.lifted_k(cell.k)
+                return cell.m * (BFLOAT16 * cell.k + width + FLOAT32)
+            case "dequantise_bias":
+                acc = self._backend.output(self._dtype).itemsize
+                return cell.m * (cell.n * (acc + BFLOAT16) + FLOAT32) + 2 * cell.n * FLOAT32
+            case _:
+                return -1
+
+    def copy_calls(self, cell: TuneCell, clock: Clock) -> list[Call]:
+        """A copy that moves as many bytes as an activation kernel of this cell, by its best launch; none on a CPU."""
+        size = self.bytes_moved(cell)
+        if size < 0 or self._backend.device != "cuda":
+            return []
+        from slidesparse.kernels.triton_copy import GRAIN, LAUNCHES, copy
+
+        half = align(size // 2, GRAIN)
+        sets = buffer_sets(self._backend, 2 * half)
+        sources = [torch.randint(0, 255, (half,), dtype=torch.uint8, device="cuda") for _ in range(sets)]
+        pairs = [(source, torch.empty_like(source)) for source in sources]
+        ways: list[list[Call]] = [[partial(copy, *pair, launch) for pair in pairs] for launch in LAUNCHES]
+        return ways[leading(ways, clock, count=1)[0]]
 
     def _gemm(self, cell: TuneCell) -> list[Candidate]:
         weight = self._weight(cell.n, cell.k, cell.variant.sparsity)

@@ -75,7 +75,7 @@ class _Tuner:
             return
         try:
             bench = self._benches.setdefault(chosen.name, Workbench(chosen, cell.dtype, seed))
-            rows = self._measure(cell, bench.candidates(cell), chosen, conditions)
+            rows = self._measure(cell, bench, chosen, conditions)
         except (DiskError, ContextLost):
             raise
         except Exception as error:
@@ -85,8 +85,9 @@ class _Tuner:
             return
         self._keep(cell, key, rows)
 
-    def _measure(self, cell: TuneCell, candidates: list[Candidate], chosen: Backend, conditions: str) -> list[TuneRow]:
+    def _measure(self, cell: TuneCell, bench: Workbench, chosen: Backend, conditions: str) -> list[TuneRow]:
         """Check all, take a quick look if there are many, measure the leaders together."""
+        candidates = bench.candidates(cell)
         common = _columns(cell) | {"fingerprint": conditions, "emulation": chosen.emulation}
         good: list[tuple[Candidate, Check]] = []
         rows = []
@@ -113,12 +114,18 @@ class _Tuner:
         clock = clock_of(chosen)
         leaders = leading([candidate.calls for candidate, _ in good], clock)
         calls = [clock.prepare(good[place][0].calls) for place in leaders]
+        copies = bench.copy_calls(cell, clock)
+        if copies:
+            calls.append(clock.prepare(copies))
         seed = self._run.plan.profile.seed
         timed, watched = measured_unthrottled(self._probe, lambda: measure_together(calls, self._stopping, clock, seed))
-        for place, samples in zip(leaders, timed, strict=True):
+        moved: dict[str, Any] = {"bytes_moved": bench.bytes_moved(cell)}
+        if copies:
+            moved["copy_us"] = timed[-1].interval.median * 1e6
+        for place, samples in zip(leaders, timed, strict=False):
             candidate, check = good[place]
             columns = common | _identity(candidate) | self._run.stamp() | samples.columns(1e6) | watched
-            columns |= {"verified": check.verified, "check": check.text or "every element checked"}
+            columns |= moved | {"verified": check.verified, "check": check.text or "every element checked"}
             rows.append(TuneRow(**columns, lat_us=samples.interval.median * 1e6, candidates=len(candidates)))
         return rows
 
