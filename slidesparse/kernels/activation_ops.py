@@ -1,6 +1,6 @@
 """The activation kernels as torch operators: opaque to torch.compile (any M), safe in CUDA graphs.
 
-    slidesparse::quantise_lift(x, length, fp8, words, warps, rows) -> (codes, scale)
+    slidesparse::quantise_lift(x, length, fp8, words, warps) -> (codes, scale)
     slidesparse::dequantise_bias(acc, scale_token, scale_channel, bias?, words, warps, rows) -> out
 
 Patterns and launches travel as plain numbers: `quantise_lift` and `dequantise_bias` below take the project's own types.
@@ -27,7 +27,7 @@ def quantise_lift(
     """`triton_activations.quantise_lift` as one operator of a graph."""
     length = DENSE if sparsity is None else sparsity.l or INFINITE
     result: tuple[torch.Tensor, torch.Tensor] = quantise_lift_op(
-        x, length, dtype is DType.FP8, launch.words, launch.warps, launch.rows
+        x, length, dtype is DType.FP8, launch.words, launch.warps
     )
     return result
 
@@ -58,11 +58,10 @@ def quantise_lift_op(
     fp8: bool,
     words: int,
     warps: int,
-    rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x bfloat16 [M, K] -> codes [M, K'], scale float32 [M, 1]."""
     dtype, sparsity = _meaning(length, fp8)
-    return kernels.quantise_lift(x, dtype, sparsity, Launch(words, warps, rows))
+    return kernels.quantise_lift(x, dtype, sparsity, Launch(words, warps))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::dequantise_bias", mutates_args=())
@@ -86,7 +85,6 @@ def _(
     fp8: bool,
     words: int,
     warps: int,
-    rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype, sparsity = _meaning(length, fp8)
     # K is the layer's, a plain number; M may be a symbol.

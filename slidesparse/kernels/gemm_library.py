@@ -19,7 +19,7 @@ from slidesparse.errors import SlideSparseError, UnsupportedHere
 ABI_VERSION = 1
 LIBRARY = "libslidesparse_gemm.so"
 WORKSPACE_LIMIT = 64 << 20
-"""Bytes of scratch memory that an algorithm may ask for."""
+"""Bytes of scratch memory that an algorithm may ask for, dense or sparse."""
 MAX_DENSE_ALGORITHMS = 64
 MAX_SPARSE_ALGORITHMS = 512
 
@@ -137,10 +137,13 @@ class GemmLibrary:
     # -- sparse ---------------------------------------------------------------------------------------
 
     def sparse_algorithms(self, problem: Problem) -> list[GemmAlgorithm]:
-        """Every algorithm and split-K of cuSPARSELt that takes this problem."""
+        """Every algorithm and split-K of cuSPARSELt that takes this problem within `WORKSPACE_LIMIT`.
+
+        Split-K asks for its partial sums: 7 GB for a large product, where it does not pay anyway.
+        """
         found, room = ctypes.c_int(0), (_Algorithm * MAX_SPARSE_ALGORITHMS)()
         self._call("ss_sparse_algorithms", problem, room, MAX_SPARSE_ALGORITHMS, ctypes.byref(found))
-        return list(_algorithms(room, found.value))
+        return [algorithm for algorithm in _algorithms(room, found.value) if algorithm.workspace <= WORKSPACE_LIMIT]
 
     def compress(self, problem: Problem, w: torch.Tensor) -> torch.Tensor:
         """2:4 weight [N, K'] -> cuSPARSELt's compressed form, uint8. It serves every M and algorithm."""

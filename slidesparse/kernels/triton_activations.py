@@ -5,8 +5,8 @@ bit for bit, but for the sign of FP8 zeros.
 
     Layout. A row is read as 32-bit pairs of 16-bit values, once from memory for its largest magnitude and once from the
     L1 cache for its codes. Lifted window w of 4 codes is pair p and p + 1 with p = w + w // windows (a group of L/2
-    pairs has L/2 - 1 windows), stored as one 32-bit word. Neighbouring lanes hold neighbouring windows, so that every
-    access of a warp is one run of memory; a program may take several rows: its address arithmetic serves them all.
+    pairs has L/2 - 1 windows), stored as one 32-bit word. One program a row; neighbouring lanes hold neighbouring
+    windows, so that every access of a warp is one run of memory, of one or two cache lines.
     INT8 codes take one operation a value: fma(x, r, 1.5 * 2**23) rounds x * r to the nearest even integer in its low
     byte. With x and the row's largest magnitude of 8 bits, 127 * x / amax is either half-way between two integers or
     2**-17 away from it, so that any r within 2**-21 of 1 / s rounds as the quotient does, but for exact ties. Ties are
@@ -19,8 +19,11 @@ bit for bit, but for the sign of FP8 zeros.
 
 dequantise + bias: acc [M, N] -> bf16((acc * scale_token[m]) * scale_channel[n] + bias[n]), one rounding.
 
-Where M is no multiple of a launch's rows, its last program starts earlier and writes some rows again, with the same
-bytes: no row needs a mask. All offsets are 64-bit: M * N may exceed 2**31.
+    A program takes some rows of a run of columns, whose scales and biases it loads once. Where M is no multiple of
+    the rows, the last program starts earlier and writes some rows again, with the same bytes: no row needs a mask.
+
+All offsets are 64-bit: M * N may exceed 2**31. From Hopper on both are programmatic dependent launches: a kernel is set
+up while the one before it ends, and waits for all of its writes before it reads anything.
 """
 
 from __future__ import annotations
@@ -41,8 +44,10 @@ ROUND = tl.constexpr(12582912.0)
 NOT_FINITE = tl.constexpr(0x7F80)
 """bfloat16 magnitude bits of infinity; NaNs are above."""
 WARP = 32
+EARLY_CAPABILITY = (9, 0)
+"""Programmatic dependent launch came with Hopper."""
 UNROLLED = 64
-"""Words a lane up to which the second pass is unrolled: beyond, compiling takes many seconds."""
+"""Windows a lane up to which the second pass is unrolled: beyond, compiling takes many seconds."""
 SMALL_ROW = 1 << 15
 """Up to so many windows a row, dividing by the windows of a group is one multiplication and a shift."""
 
@@ -51,29 +56,27 @@ SMALL_ROW = 1 << 15
 class Launch:
     """Tuned parameters of one launch.
 
-    words: what one step handles of each row: windows (quantise), outputs (dequantise). A multiple of 32 * warps, so
-        that every lane has work.
-    rows: rows of one program.
+    words: windows (quantise) or outputs (dequantise) of a row whose loads are under way together; a multiple of
+        32 * warps.
+    rows: rows of one program (dequantise).
     """
 
     words: int
     warps: int
-    rows: int
+    rows: int = 1
 
     def __str__(self) -> str:
         return f"words={self.words} warps={self.warps} rows={self.rows}"
 
 
 QUANTISE_LAUNCHES = tuple(
-    Launch(words, warps, rows)
-    for words, warps, rows in (
-        (256, 4, 1), (128, 4, 1), (256, 8, 1), (64, 2, 1), (64, 2, 2), (128, 4, 2), (32, 1, 1), (32, 1, 2), (32, 1, 4),
-    )
-)  # fmt: skip
+    Launch(words, warps)
+    for words, warps in ((1024, 4), (1024, 8), (2048, 8), (512, 4), (640, 4), (512, 2), (256, 2), (1024, 16))
+)
 DEQUANTISE_LAUNCHES = tuple(
     Launch(words, warps, rows)
     for words, warps, rows in (
-        (512, 4, 2), (512, 4, 1), (512, 4, 4), (1024, 4, 2), (1024, 8, 1), (1024, 8, 2), (256, 2, 4), (256, 2, 8),
+        (1024, 8, 2), (512, 4, 2), (512, 4, 4), (1024, 4, 2), (2048, 8, 1), (2048, 8, 2), (256, 2, 4),
     )
 )  # fmt: skip
 """Candidates of tuning; the first is taken where nothing was tuned."""
@@ -129,11 +132,11 @@ def quantise_lift(
     codes = _output(codes, (m, lifted_width(k, dtype, sparsity)), dtype.torch, x.device, "codes")
     scale = _output(scale, (m, 1), torch.float32, x.device, "scale")
     if m:
-        rows, lanes = min(launch.rows, m), WARP * launch.warps
-        looped = 0 if sizes["OUT"] * rows <= UNROLLED * lanes else sizes["INSIDE"] // launch.words * launch.words
-        _quantise_lift[(triton.cdiv(m, rows),)](
-            x.view(torch.int32), codes.view(torch.int32), scale, m, **sizes, PTX=not triton.knobs.runtime.interpret,
-            ROWS=rows, LANES=lanes, STEPS=launch.words // lanes, LOOPED=looped, num_warps=launch.warps,
+        lanes = WARP * launch.warps
+        looped = 0 if sizes["OUT"] <= UNROLLED * lanes else sizes["INSIDE"] // launch.words * launch.words
+        _quantise_lift[(m,)](
+            x.view(torch.int32), codes.view(torch.int32), scale, **sizes, PTX=not triton.knobs.runtime.interpret,
+            LANES=lanes, STEPS=launch.words // lanes, LOOPED=looped, num_warps=launch.warps, **_early(x.device),
         )  # fmt: skip
     return codes, scale
 
@@ -151,9 +154,27 @@ def _output(
     return given
 
 
+def _early(device: torch.device) -> dict[str, bool]:
+    """Launch arguments by which a kernel is set up while the one before it still runs."""
+    return {"EARLY": True, "launch_pdl": True} if _has_early_launch(device) else {"EARLY": False}
+
+
+@lru_cache(maxsize=64)
+def _has_early_launch(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= EARLY_CAPABILITY
+
+
+@triton.jit
+def _turn(EARLY: tl.constexpr):
+    """Wait until the kernel before has finished, all its writes included; then let the one after be set up."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 @triton.jit
 def _quantise_lift(
-    x_ptr, codes_ptr, scale_ptr, m,
+    x_ptr, codes_ptr, scale_ptr,
     PAIRS: tl.constexpr,  # of a row
     OUT: tl.constexpr,  # words of a lifted row
     WINDOWS: tl.constexpr,  # of a group; 1: they do not overlap; 0: 2:inf, one group of all
@@ -161,86 +182,75 @@ def _quantise_lift(
     SMALL: tl.constexpr,
     FP8: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
     PTX: tl.constexpr,  # False in the interpreter
-    ROWS: tl.constexpr,
     LANES: tl.constexpr,
-    STEPS: tl.constexpr,  # whose loads are under way together, in the second pass
+    STEPS: tl.constexpr,  # windows a lane whose loads are under way together, in the second pass
     LOOPED: tl.constexpr,  # leading windows that a loop writes; the rest is unrolled
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS
-    if ROWS > 1:
-        row = tl.minimum(row, m - ROWS)
-    x_ptr += row.to(tl.int64) * PAIRS
-    codes_ptr += row.to(tl.int64) * OUT
+    _turn(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * PAIRS
+    codes_ptr += row * OUT
 
-    # Unrolled, so that all loads of all rows are under way before the first is needed: 16 bytes a lane.
-    largest = ()
-    for r in tl.static_range(ROWS):
-        most = tl.zeros((4 * LANES,), tl.int32)
-        for start in tl.static_range(0, PAIRS, 4 * LANES):
-            index = start + tl.arange(0, 4 * LANES)
-            if start + 4 * LANES <= PAIRS:
-                pair = tl.load(x_ptr + (r * PAIRS + index))
-            else:
-                pair = tl.load(x_ptr + (r * PAIRS + index), mask=index < PAIRS, other=0)
-            most = _larger(most, pair, PTX)
-        largest += (most,)
-
-    inverses, errors, keeps = (), (), ()
-    for r in tl.static_range(ROWS):
-        top = tl.max(tl.maximum(largest[r] & 0xFFFF, largest[r] >> 16))
-        finite = top < NOT_FINITE
-        amax = (tl.where(finite, top, 0) << 16).to(tl.float32, bitcast=True)
-        scale = tl.maximum(tl.div_rn(amax, LIMIT), FLOOR)
-        tl.store(scale_ptr + row + r, tl.where(finite, scale, float("nan")))
-        inverse, error = _inverse(amax, scale, FP8)
-        inverses += (inverse,)
-        errors += (error,)
-        keeps += (tl.where(finite, -1, 0),)
+    # Unrolled, so that all loads are under way before the first is needed: 16 bytes a lane.
+    largest = tl.zeros((4 * LANES,), tl.int32)
+    for start in tl.static_range(0, PAIRS, 4 * LANES):
+        index = start + tl.arange(0, 4 * LANES)
+        if start + 4 * LANES <= PAIRS:
+            pair = tl.load(x_ptr + index, eviction_policy="evict_last")
+        else:
+            pair = tl.load(x_ptr + index, mask=index < PAIRS, other=0, eviction_policy="evict_last")
+        largest = _larger(largest, pair, PTX)
+    top = tl.max(tl.maximum(largest & 0xFFFF, largest >> 16))
+    finite = top < NOT_FINITE
+    amax = (tl.where(finite, top, 0) << 16).to(tl.float32, bitcast=True)
+    scale = tl.maximum(tl.div_rn(amax, LIMIT), FLOOR)
+    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))
+    inverse, error = _inverse(amax, scale, FP8)
+    keep = tl.where(finite, -1, 0)
 
     for start in tl.range(0, LOOPED, STEPS * LANES):
         _write(
-            x_ptr, codes_ptr, start, inverses, errors, keeps, STEPS, False, False,
-            PAIRS, OUT, WINDOWS, SMALL, FP8, LIMIT, PTX, ROWS, LANES,
+            x_ptr, codes_ptr, start, inverse, error, keep, STEPS, False, False,
+            PAIRS, OUT, WINDOWS, SMALL, FP8, LIMIT, PTX, LANES,
         )  # fmt: skip
     for start in tl.static_range(LOOPED, OUT, LANES):
         if start >= INSIDE // LANES * LANES:
             _write(
-                x_ptr, codes_ptr, start, inverses, errors, keeps, 1, start + LANES > INSIDE, start + LANES > OUT,
-                PAIRS, OUT, WINDOWS, SMALL, FP8, LIMIT, PTX, ROWS, LANES,
+                x_ptr, codes_ptr, start, inverse, error, keep, 1, start + LANES > INSIDE, start + LANES > OUT,
+                PAIRS, OUT, WINDOWS, SMALL, FP8, LIMIT, PTX, LANES,
             )  # fmt: skip
         elif (start - LOOPED) % (STEPS * LANES) == 0:
-            # The last of these batches may be shorter.
+            # The last of these may have fewer steps.
             _write(
-                x_ptr, codes_ptr, start, inverses, errors, keeps, min(STEPS, (INSIDE - start) // LANES), False, False,
-                PAIRS, OUT, WINDOWS, SMALL, FP8, LIMIT, PTX, ROWS, LANES,
+                x_ptr, codes_ptr, start, inverse, error, keep, min(STEPS, (INSIDE - start) // LANES), False, False,
+                PAIRS, OUT, WINDOWS, SMALL, FP8, LIMIT, PTX, LANES,
             )  # fmt: skip
 
 
 @triton.jit
 def _write(
-    x_ptr, codes_ptr, start, inverses, errors, keeps,
+    x_ptr, codes_ptr, start, inverse, error, keep,
     STEPS: tl.constexpr,
     BORDER: tl.constexpr,  # some windows reach past the row
     END: tl.constexpr,  # some windows are past the lifted row
     PAIRS: tl.constexpr, OUT: tl.constexpr, WINDOWS: tl.constexpr, SMALL: tl.constexpr, FP8: tl.constexpr,
-    LIMIT: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    LIMIT: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Second pass over STEPS * LANES windows of every row. All loads come first: stores are not passed by loads."""
+    """Second pass over STEPS * LANES windows of a row. All loads come first: stores are not passed by later loads."""
     lane = tl.arange(0, LANES)
     lefts, rights = (), ()
     for step in tl.static_range(STEPS):
-        for r in tl.static_range(ROWS):
-            left, right = _window(x_ptr + r * PAIRS, start + step * LANES, lane, PAIRS, WINDOWS, BORDER, SMALL, LANES)
-            lefts += (left,)
-            rights += (right,)
+        left, right = _window(x_ptr, start + step * LANES, lane, PAIRS, WINDOWS, BORDER, SMALL, LANES)
+        lefts += (left,)
+        rights += (right,)
     for step in tl.static_range(STEPS):
-        for r in tl.static_range(ROWS):
-            word = _word(lefts[step * ROWS + r], rights[step * ROWS + r], inverses[r], errors[r], FP8, LIMIT, PTX)
-            window = start + step * LANES + lane
-            if END:
-                tl.store(codes_ptr + (r * OUT + window), word & keeps[r], mask=window < OUT)
-            else:
-                tl.store(codes_ptr + (r * OUT + window), word & keeps[r])
+        window = start + step * LANES + lane
+        word = _word(lefts[step], rights[step], inverse, error, FP8, LIMIT, PTX) & keep
+        if END:
+            tl.store(codes_ptr + window, word, mask=window < OUT)
+        else:
+            tl.store(codes_ptr + window, word)
 
 
 @triton.jit
@@ -302,11 +312,11 @@ def _window(
         left = tl.load(x_ptr + pair, mask=pair < PAIRS, other=0)
         right = tl.load(x_ptr + pair + 1, mask=pair + 1 < PAIRS, other=0)
     elif WINDOWS == 1:
-        both = tl.load(x_ptr + 2 * start + tl.arange(0, 2 * LANES))
+        both = tl.load(x_ptr + 2 * start + tl.arange(0, 2 * LANES), eviction_policy="evict_first")
         left, right = tl.split(tl.reshape(both, (LANES, 2)))
     else:
-        left = tl.load(x_ptr + pair)
-        right = tl.load(x_ptr + pair + 1)
+        left = tl.load(x_ptr + pair, eviction_policy="evict_first")
+        right = tl.load(x_ptr + pair + 1, eviction_policy="evict_first")
     return left, right
 
 
@@ -386,7 +396,7 @@ def dequantise_bias(
         _dequantise_bias[(triton.cdiv(m, rows) * columns,)](
             acc, scale_token, scale_channel, acc if bias is None else bias, out, m,
             N=n, COLUMNS=columns, BIAS=bias is not None, WORDS=launch.words, ROWS=rows,
-            num_warps=launch.warps, enable_fp_fusion=False,
+            num_warps=launch.warps, enable_fp_fusion=False, **_early(acc.device),
         )  # fmt: skip
     return out
 
@@ -396,8 +406,9 @@ def _dequantise_bias(
     acc_ptr, token_ptr, channel_ptr, bias_ptr, out_ptr, m,
     N: tl.constexpr,
     COLUMNS: tl.constexpr,  # programs side by side
-    BIAS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
+    BIAS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    _turn(EARLY)
     row = tl.program_id(0) // COLUMNS * ROWS
     if ROWS > 1:
         row = tl.minimum(row, m - ROWS)

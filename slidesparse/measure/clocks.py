@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from slidesparse.kernels.backend import Backend
 from slidesparse.measure.timer import Clock, WallClock
 
@@ -22,3 +24,13 @@ def buffer_sets(side: Backend, bytes_per_set: int) -> int:
 
         return sets_beyond_l2(bytes_per_set)
     return 1
+
+
+def free_memory(side: Backend) -> None:
+    """Give back what a failed or finished cell held: a traceback keeps buffers alive until cycles are collected, and
+    torch keeps the memory of CUDA graphs that are gone."""
+    if side.device == "cuda":
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.kernels.verify import Check
 from slidesparse.measure import telemetry
 from slidesparse.measure.book import RowBook, reason_of
-from slidesparse.measure.clocks import clock_of
+from slidesparse.measure.clocks import clock_of, free_memory
 from slidesparse.measure.gemm_point import GemmPoint, LayerWeight, Product, Ranked, rank
 from slidesparse.measure.telemetry import measured_unthrottled
 from slidesparse.measure.timer import Call, Clock, ratio
@@ -93,6 +93,7 @@ class _Table:
             for cell in self._cells:
                 self._cell(cell, side, book)
                 bar.advance(note=str(cell))
+        free_memory(side)
 
     def _cell(self, cell: KernelCell, side: Backend, book: RowBook) -> None:
         dense = self._run.plan.profile.backends.dense[0]
@@ -119,6 +120,7 @@ class _Table:
             if isinstance(error, VerificationError):
                 columns |= {"verified": "failed", "check": reason_of(error)}
             row = self._row(**(columns | self._run.stamp()), status="failed", reason=reason_of(error))
+            free_memory(side)
         book.add(row)
 
     def _skip(self, cell: KernelCell, reason: str, book: RowBook) -> None:

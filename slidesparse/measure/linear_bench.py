@@ -9,7 +9,7 @@ same sparse GEMM (`kernels/reference_pipeline.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -22,14 +22,15 @@ from slidesparse.errors import ContextLost, DiskError, UnsupportedHere, Verifica
 from slidesparse.kernels import operands, verify
 from slidesparse.kernels.backend import backend
 from slidesparse.kernels.linear import Choice, W8A8Linear
+from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.kernels.verify import Check
 from slidesparse.measure import telemetry
 from slidesparse.measure.book import RowBook, reason_of
-from slidesparse.measure.clocks import clock_of
+from slidesparse.measure.clocks import clock_of, free_memory
 from slidesparse.measure.linear_block import Block
 from slidesparse.measure.telemetry import measured_unthrottled
 from slidesparse.measure.timer import Samples, measure_together, ratio
-from slidesparse.plan import LinearCell, Task, Variant, fingerprint
+from slidesparse.plan import LinearCell, Operation, Task, Variant, fingerprint
 from slidesparse.progress import Bar, track
 from slidesparse.rows import LinearRow
 from slidesparse.run import Outcome, Run
@@ -80,6 +81,7 @@ class _Variant:
         self._stopping, self._sparsity = linear.stopping, variant.sparsity
         self._seed = run.plan.profile.seed
         self._store = TuningStore.open(run.tree.tuning_store)
+        self._losses = LostContexts.open(run.tree.lost_contexts, kernel_versions())
         self._probe = telemetry.probe(run.machine)
         self._shapes = run.plan.bench.models[model].linear_shapes()
         self._folder = run.plan.checkpoint_folder(model, dtype, variant)
@@ -118,6 +120,7 @@ class _Variant:
                     columns |= {"verified": "failed", "check": reason_of(error)}
                 columns = {"fingerprint": ""} | columns
                 row = LinearRow(**columns, **self._run.stamp(), status="failed", reason=reason_of(error))
+                free_memory(backend(self._variant.backend))
             self._book.add(row)
             bar.advance(note=str(cell))
 
@@ -140,17 +143,22 @@ class _Variant:
             operands.activation(cell.m, layer.sparse.k, seed, side.device)
             for layer, seed in zip(layers, seeds, strict=True)
         ]
-        ours = [layer.sparse.choices(cell.m)[-1] for layer in layers]
-        rivals = list(zip(*(layer.dense.choices(cell.m) for layer in layers), strict=False))
+        sparse, plain = [layer.sparse for layer in layers], [layer.dense for layer in layers]
+        clock = clock_of(side)
+        mine, other = Block(sparse, tokens), Block(plain, tokens)
+        tuned = [linear.choices(cell.m)[0] for linear in sparse]
+        ours = mine.with_fastest(tuned, self._known, clock, self._losses)
+        tuned = other.with_fastest([linear.choices(cell.m)[0] for linear in plain], self._known, clock, self._losses)
+        fused = zip(*(linear.choices(cell.m)[1:] for linear in plain), strict=False)
+        rivals = [
+            tuned,
+            *([replace(own, scaled=one.scaled) for own, one in zip(tuned, way, strict=True)] for way in fused),
+        ]
         checks = [
             self._check(linear, layer, x, choice)
-            for path, linears in [(ours, [layer.sparse for layer in layers])]
-            + [(rival, [layer.dense for layer in layers]) for rival in rivals]
+            for path, linears in [(ours, sparse), *((rival, plain) for rival in rivals)]
             for linear, layer, x, choice in zip(linears, layers, tokens, path, strict=True)
         ]
-
-        clock = clock_of(side)
-        mine, other = (Block(linears, tokens) for linears in zip(*((a.sparse, a.dense) for a in layers), strict=True))
         calls = [clock.prepare(other.calls(rival)) for rival in rivals]
         reference_path = ""
         if side.device == "cuda":  # the yardstick is a GPU's
@@ -190,6 +198,14 @@ class _Variant:
             "check": f"all layers, {len(rivals) + 1} paths, {min(CHECKED_ROWS, cell.m)} tokens each: {worst.text}",
         }
 
+    def _known(self, operation: Operation, linear: W8A8Linear, m: int) -> bool:
+        """Has tuning measured this operation of a layer at M tokens?"""
+        sparsity, side = linear.variant.sparsity, linear.backend
+        gemm = operation in ("dense_gemm", "sparse_gemm")
+        family, n = (side.name, linear.n) if gemm else (side.activations.name, 0)
+        pattern = "" if sparsity is None else str(sparsity)
+        return self._store.holds((operation, family, linear.dtype.value, pattern, m, n, linear.k))
+
     def _layer(self, name: str, source: str, dense: str) -> _Layer:
         n, k = self._shapes[name]
         device = backend(self._variant.backend).device
@@ -222,7 +238,7 @@ def _steps(stopping: Stopping) -> Stopping:
     return stopping.model_copy(update={"warmup_s": 0.0, "steady_rel": None, "max_samples": stopping.min_samples})
 
 
-def _paths(layers: list[_Layer], choices: Sequence[Choice]) -> str:
+def _paths(layers: Sequence[_Layer], choices: Sequence[Choice]) -> str:
     return "; ".join(f"{layer.name}: {choice}" for layer, choice in zip(layers, choices, strict=True))
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from slidesparse.kernels.backend import ActivationOperation, Algorithm
 from slidesparse.kernels.linear import Choice, W8A8Linear
+from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.measure.clocks import buffer_sets
-from slidesparse.measure.timer import Call
+from slidesparse.measure.timer import Call, Clock, leading
+from slidesparse.plan import Operation
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,64 @@ class Block:
     def calls(self, choices: Sequence[Choice]) -> list[Call]:
         """The whole block, on each set of buffers."""
         return [partial(_run, parts, choices) for parts in self.sets]
+
+    def with_fastest(
+        self,
+        choices: Sequence[Choice],
+        known: Callable[[Operation, W8A8Linear, int], bool],
+        clock: Clock,
+        losses: LostContexts,
+    ) -> list[Choice]:
+        """The same choices; where tuning has not looked at this very size and pattern (`known`), what leads a quick
+        look."""
+        ready = [Ready.make(parts, choices) for parts in self.sets]
+        return [
+            replace(
+                choice,
+                quantise=self._quantise_at(place, choice, known, clock),
+                gemm=self._gemm_at(place, choice, ready, known, clock, losses),
+            )
+            for place, choice in enumerate(choices)
+        ]  # fmt: skip
+
+    def _quantise_at(
+        self, place: int, choice: Choice, known: Callable[[Operation, W8A8Linear, int], bool], clock: Clock
+    ) -> Algorithm:
+        linear, m = self.sets[0][place].linear, self.sets[0][place].tokens.shape[0]
+        sparsity, activations = linear.variant.sparsity, linear.backend.activations
+        operation: ActivationOperation = "quantise_lift" if linear.backend.sparse else "quantise"
+        if known(operation, linear, m):
+            return choice.quantise
+        candidates = activations.algorithms(operation, linear.dtype)
+        calls: list[list[Call]] = [
+            [partial(activations.quantise, parts[place].tokens, linear.dtype, sparsity, one) for parts in self.sets]
+            for one in candidates
+        ]
+        return candidates[leading(calls, clock, count=1)[0]]
+
+    def _gemm_at(
+        self,
+        place: int,
+        choice: Choice,
+        ready: Sequence[Ready],
+        known: Callable[[Operation, W8A8Linear, int], bool],
+        clock: Clock,
+        losses: LostContexts,
+    ) -> Algorithm:
+        linear, m = self.sets[0][place].linear, self.sets[0][place].tokens.shape[0]
+        if known("sparse_gemm" if linear.backend.sparse else "dense_gemm", linear, m):
+            return choice.gemm
+        barred = losses.barred(linear.backend, linear.dtype)
+        offered = linear.backend.algorithms(linear.dtype, m, linear.n, linear.weight.k)
+        candidates = [algorithm for algorithm in offered if algorithm.name not in barred]
+        calls: list[list[Call]] = [
+            [
+                partial(linear.backend.gemm, own.codes[place], parts[place].linear.weight, one, own.accs[place])
+                for parts, own in zip(self.sets, ready, strict=True)
+            ]
+            for one in candidates
+        ]
+        return candidates[leading(calls, clock, count=1)[0]]
 
     def steps(self, choices: Sequence[Choice]) -> dict[str, list[Call]]:
         """Each step alone, for all linears, on each set of buffers. The GEMM is the one without fused scales."""

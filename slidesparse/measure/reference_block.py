@@ -43,8 +43,10 @@ class _Layer:
         linear = self.part.linear
         return pipeline.quantise_slide(self.part.tokens, linear.dtype, linear.variant.sparsity, launch)
 
-    def gemm(self, codes: torch.Tensor, found: GemmAlgorithm) -> torch.Tensor:
-        out = torch.empty(codes.shape[0], self.part.linear.n, dtype=torch.bfloat16, device=codes.device)
+    def accumulator(self) -> torch.Tensor:
+        return torch.empty(self.problem.m, self.part.linear.n, dtype=torch.bfloat16, device=self.part.tokens.device)
+
+    def gemm(self, codes: torch.Tensor, found: GemmAlgorithm, out: torch.Tensor) -> torch.Tensor:
         weight = self.part.linear.weight.data
         gemm_ops.sparse_gemm(codes, weight, out, found.alg_id, found.split_k, found.workspace)
         return out
@@ -67,7 +69,10 @@ class ReferenceBlock:
             for place in range(len(self._sets[0]))
         ]
         accs = [
-            [layer.gemm(codes, found) for layer, (codes, _), found in zip(layers, own, self._algorithms, strict=True)]
+            [
+                layer.gemm(codes, found, layer.accumulator())
+                for layer, (codes, _), found in zip(layers, own, self._algorithms, strict=True)
+            ]
             for layers, own in zip(self._sets, ready, strict=True)
         ]
         scales = [[scale for _, scale in own] for own in ready]
@@ -91,7 +96,8 @@ class ReferenceBlock:
         outputs = []
         for layer, found in zip(layers, self._algorithms, strict=True):
             codes, scale = layer.quantise(self._quantise)
-            outputs.append(layer.dequantise(layer.gemm(codes, found), scale, self._dequantise))
+            acc = layer.gemm(codes, found, layer.accumulator())
+            outputs.append(layer.dequantise(acc, scale, self._dequantise))
         return outputs
 
     def _quantisers(self, launch: QuantiseLaunch) -> list[Call]:
@@ -112,7 +118,10 @@ class ReferenceBlock:
         found = gemm_library.load().sparse_algorithms(problem)
         if not found:
             raise UnsupportedHere(f"cusparselt has no algorithm for {problem}, which the reference pipeline needs")
-        return _best([(one, [partial(layer.gemm, codes, one) for layer, codes in buffers]) for one in found], clock)
+        room = [(layer, codes, layer.accumulator()) for layer, codes in buffers]
+        return _best(
+            [(one, [partial(layer.gemm, codes, one, out) for layer, codes, out in room]) for one in found], clock
+        )
 
 
 def _best(candidates: list[tuple[T, list[Call]]], clock: Clock) -> T:

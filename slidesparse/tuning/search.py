@@ -11,7 +11,7 @@ from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.kernels.verify import Check
 from slidesparse.measure import telemetry
 from slidesparse.measure.book import RowBook, reason_of
-from slidesparse.measure.clocks import clock_of
+from slidesparse.measure.clocks import clock_of, free_memory
 from slidesparse.measure.telemetry import measured_unthrottled
 from slidesparse.measure.timer import leading, measure_together
 from slidesparse.plan import Task, TuneCell, fingerprint
@@ -82,6 +82,7 @@ class _Tuner:
             self._run.log.exception("tune %s", cell)
             self._outcome.failed += 1
             self._none(cell, "failed", reason_of(error), conditions)
+            free_memory(chosen)
             return
         self._keep(cell, key, rows)
 
