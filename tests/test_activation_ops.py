@@ -45,7 +45,7 @@ def same_but_for_the_last_bit(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 @pytest.mark.parametrize("dtype", [DType.INT8, DType.FP8])
 def test_quantise_lift_keeps_the_rules_of_an_operator(dtype: DType, sparsity: Sparsity | None) -> None:
     length = activation_ops.DENSE if sparsity is None else sparsity.l or activation_ops.INFINITE
-    arguments = (rows(3), length, dtype is DType.FP8, LAUNCH.words, LAUNCH.warps, LAUNCH.rows)
+    arguments = (rows(3), length, dtype is DType.FP8, LAUNCH.words, LAUNCH.warps)
     torch.library.opcheck(torch.ops.slidesparse.quantise_lift.default, arguments)
 
 

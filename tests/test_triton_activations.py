@@ -94,7 +94,7 @@ def all_mantissas(exponent: int) -> torch.Tensor:
     return (torch.where(row.abs() > largest, largest, row) * 2.0**exponent).bfloat16()
 
 
-WIDE = Launch(1024, 32, 1)
+WIDE = Launch(1024, 32)
 """As few steps as possible: the interpreter takes its time by the step."""
 EXPONENTS = (120, -100, -122)
 
@@ -113,10 +113,18 @@ def test_every_pair_of_mantissas_fp8(exponent: int) -> None:
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
 @pytest.mark.parametrize("sparsity", [None, Sparsity(8), Sparsity(14)], ids=str)
-def test_every_launch_writes_every_row_once_or_alike(sparsity: Sparsity | None, launch: Launch) -> None:
-    """9 rows are no multiple of any number of rows a program; 1 row is fewer than a program takes."""
-    for rows in (9, 1):
-        check(hard_rows(460)[:rows], DType.INT8, sparsity, launch)
+def test_every_launch_of_quantise(sparsity: Sparsity | None, launch: Launch) -> None:
+    """K=1100 is several batches of narrow launches and a part of wide ones."""
+    check(hard_rows(1100), DType.INT8, sparsity, launch)
+
+
+@pytest.mark.parametrize("sparsity", PATTERNS, ids=str)
+def test_long_rows_that_are_looped(sparsity: Sparsity | None) -> None:
+    """One warp for 2,560 columns and more: beyond the 64 windows a lane that are unrolled for most patterns."""
+    k = 8200
+    assert k // 4 > activations.UNROLLED * 32
+    for words in (32, 96):
+        check(hard_rows(k)[3:4], DType.INT8, sparsity, Launch(words, 1))
 
 
 @pytest.mark.parametrize("sparsity", PATTERNS, ids=str)
@@ -156,7 +164,8 @@ def test_what_it_cannot_take_is_refused() -> None:
 @pytest.mark.parametrize("launch", DEQUANTISE_LAUNCHES, ids=str)
 @pytest.mark.parametrize("rows", [5, 1])
 def test_every_launch_of_dequantise(rows: int, launch: Launch) -> None:
-    """On powers of two times 8-bit numbers: the interpreter cuts where bfloat16 should round."""
+    """5 rows are no multiple of any launch's rows, 1 row is fewer. The interpreter cuts where bfloat16
+    should round: 8-bit numbers times powers of two."""
     acc = torch.arange(rows * 1024, dtype=torch.int32).reshape(rows, 1024) % 509 - 254
     token, channel = 2.0 ** torch.arange(rows).reshape(rows, 1), 2.0 ** (torch.arange(1024) % 5).reshape(1024, 1)
     out = torch.full((rows, 1024), float("nan"), dtype=torch.bfloat16, device=DEVICE)
