@@ -220,7 +220,7 @@ def test_paper_has_five_models_and_the_cells_of_the_reference() -> None:
 
 
 def test_kernels_adds_types_and_square_shapes_to_the_kernel_tasks_alone() -> None:
-    """Layers: 36 points in each of 4 types. Squares: 5 sizes in each of them, M = N = K. The rest is the reference's."""
+    """Layers: 36 points in each of 4 types. Squares: 5 sizes in each of them, M = N = K. The rest is as there."""
     bench = load_bench(ROOT / "bench.yaml")
     wide, reference = Plan(bench, "kernels", Path()), Plan(bench, "bitnet-2b", Path())
     counts = {task.name: len(task.cells) for task in wide.tasks}

@@ -118,6 +118,17 @@ def test_a_prepared_graph_keeps_its_buffers_alive() -> None:
     assert all(float(other.abs().sum()) == 0 for other in others)
 
 
+def test_many_graphs_share_their_memory() -> None:
+    """What 60 candidates allocate while they are captured is not 60 times their memory."""
+    from slidesparse.measure.cuda_clock import CudaClock
+
+    clock = CudaClock()
+    before = torch.cuda.memory_reserved()
+    kept = [clock.prepare([lambda: torch.ones(1 << 24, device="cuda")] * 2, brief=True) for _ in range(60)]
+    clock.times(kept)
+    assert torch.cuda.memory_reserved() - before < 1 << 30
+
+
 def test_the_clock_agrees_with_a_known_amount_of_work() -> None:
     """Twice the work takes about twice as long; a copy is neither faster than memory nor idle."""
     from slidesparse.measure.cuda_clock import CudaClock

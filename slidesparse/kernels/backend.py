@@ -6,9 +6,11 @@ A GPU backend plugs in by implementing `Backend` (and `Activations` if its kerne
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -55,6 +57,11 @@ class Activations(ABC):
     """The kernels before and after the GEMM. Every algorithm of one operation gives the same bits."""
 
     name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def revision(self) -> str:
+        """A hash over the kernels' source: what was tuned with other kernels is tuned again."""
 
     @abstractmethod
     def algorithms(self, operation: ActivationOperation, dtype: DType) -> tuple[Algorithm, ...]:
@@ -145,6 +152,13 @@ class Backend(ABC):
     @abstractmethod
     def path(self, dtype: DType, algorithm: Algorithm) -> str:
         """Name of the code that `gemm` runs, for the records."""
+
+
+def source_hash(*modules: str) -> str:
+    """8 hex digits over the source files of modules of this folder."""
+    folder = Path(__file__).parent
+    content = b"".join((folder / f"{module}.py").read_bytes() for module in modules)
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def named(algorithms: tuple[Algorithm, ...], name: str) -> Algorithm | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from slidesparse.dtypes import DType
-from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm
+from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm, source_hash
 from slidesparse.pattern import Sparsity
 
 
@@ -13,6 +13,10 @@ class TritonActivations(Activations):
     """Shared by the GPU backends. Triton is imported when first used: without it everything else still runs."""
 
     name = "triton"
+
+    @property
+    def revision(self) -> str:
+        return source_hash("triton_activations")
 
     def algorithms(self, operation: ActivationOperation, dtype: DType) -> tuple[Algorithm, ...]:
         from slidesparse.kernels import triton_activations as kernels

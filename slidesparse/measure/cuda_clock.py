@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -68,6 +69,13 @@ class CudaClock:
         return seconds
 
 
+@lru_cache(maxsize=1)
+def _pool() -> Any:
+    """Memory that all graphs share. Each on its own would keep what it allocates until the cache is emptied: hundreds
+    of candidates fill any GPU. They replay one at a time, and what one leaves in there no other reads."""
+    return torch.cuda.graph_pool_handle()
+
+
 def _capture(calls: Sequence[Call], repeats: int) -> Graph:
     # NOTES: not `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time, tens of
     # milliseconds for each of thousands of candidates.
@@ -75,7 +83,7 @@ def _capture(calls: Sequence[Call], repeats: int) -> Graph:
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        graph.capture_begin()
+        graph.capture_begin(_pool())
         try:
             for _ in range(repeats):
                 # Outputs live until the round is over: memory freed earlier would be handed to the next call, and

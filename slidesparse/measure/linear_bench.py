@@ -97,7 +97,10 @@ class _Variant:
                     backend(name).require(self._run.machine, self._dtype)
                 source = Checkpoint.open(self._folder).fingerprint() if self._folder.exists() else "random"
                 digest = self._store.digest(families, self._dtype)
-                conditions = fingerprint(cell, self._stopping, self._seed, source, dense, digest, kernel_versions())
+                kernels = backend(self._variant.backend).activations.revision
+                conditions = fingerprint(
+                    cell, self._stopping, self._seed, source, dense, digest, kernels, kernel_versions()
+                )
                 columns["fingerprint"] = conditions
                 if self._book.done(_key(cell), conditions):
                     self._outcome.ok += 1

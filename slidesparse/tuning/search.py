@@ -60,14 +60,15 @@ class _Tuner:
 
     def tune(self, cell: TuneCell) -> None:
         seed = self._run.plan.profile.seed
-        conditions = fingerprint(cell, self._stopping, seed, self._store.versions)
         try:
             chosen = backend(cell.variant.backend)
             chosen.require(self._run.machine, cell.dtype)
         except UnsupportedHere as error:
             self._outcome.skipped += 1
-            self._none(cell, "skipped", str(error), fingerprint(conditions, error))
+            self._none(cell, "skipped", str(error), fingerprint(cell, error))
             return
+        kernels = "" if cell.operation in ("dense_gemm", "sparse_gemm") else chosen.activations.revision
+        conditions = fingerprint(cell, self._stopping, seed, self._store.versions, kernels)
         key = _winner_key(cell, chosen)
         if self._store.holds(key) and self._book.done(_cell_key(cell), conditions):
             self._outcome.ok += 1
