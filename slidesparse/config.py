@@ -187,6 +187,11 @@ class SparsityLists(_Section):
                 raise ValueError(f"{name} names a pattern twice")
         return self
 
+    @property
+    def every(self) -> tuple[Sparsity, ...]:
+        """All of them, each once."""
+        return tuple(dict.fromkeys((*self.end_to_end, *self.kernel_high, *self.kernel_low)))
+
 
 class Backends(_Section):
     dense: tuple[Backend, ...]

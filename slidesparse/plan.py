@@ -267,11 +267,14 @@ def _variants(p: Profile, patterns: tuple[Sparsity, ...]) -> list[Variant]:
 def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
     """Coarse: dense GEMM and quantise. Fine: sparse GEMM, dequantise + bias, quantise + lift.
 
+    Quantise + lift is tuned for every pattern that whole linear layers are measured with.
+
     A kernel that works on activations depends on K alone, one that works on outputs on N alone, so
     those get one cell for each distinct size (N or K is then 0).
     """
     dense = [Variant(backend) for backend in p.backends.dense]
     sparse = _variants(p, p.sparsity.end_to_end)
+    lifted = sparse if p.linear is None else _variants(p, p.sparsity.every)
     for model, dtype in product(p.models, p.dtypes):
         shapes = list(dict.fromkeys(models[model].linear_shapes().values()))
         columns, rows = sorted({k for _, k in shapes}), sorted({n for n, _ in shapes})
@@ -283,8 +286,8 @@ def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
         for m, variant in product(p.tune.fine_m, sparse):
             for n, k in shapes:
                 yield TuneCell(model, dtype, "fine", "sparse_gemm", variant, m, n, k)
-            for k in columns:
-                yield TuneCell(model, dtype, "fine", "quantise_lift", variant, m, 0, k)
+        for m, variant, k in product(p.tune.fine_m, lifted, columns):
+            yield TuneCell(model, dtype, "fine", "quantise_lift", variant, m, 0, k)
         for m, backend, n in product(p.tune.fine_m, p.backends.sparse, rows):
             yield TuneCell(model, dtype, "fine", "dequantise_bias", Variant(backend), m, n, 0)
 
@@ -316,8 +319,7 @@ def _kernel(p: Profile, models: dict[str, Model], patterns: tuple[Sparsity, ...]
 
 
 def _linear(p: Profile, linear: Linear) -> Iterator[LinearCell]:
-    patterns = dict.fromkeys((*p.sparsity.end_to_end, *p.sparsity.kernel_high, *p.sparsity.kernel_low))
-    for model, dtype, variant, m in product(p.models, p.dtypes, _variants(p, tuple(patterns)), linear.m):
+    for model, dtype, variant, m in product(p.models, p.dtypes, _variants(p, p.sparsity.every), linear.m):
         yield LinearCell(model, dtype, variant, m)
 
 

@@ -11,7 +11,7 @@ from slidesparse.plan import SQUARE
 from slidesparse.report import calibration, compare, linear
 from slidesparse.report.comparison import Published
 from slidesparse.report.markdown import Table, fixed, integer
-from slidesparse.report.view import HOST_BOUND, NOISY, View, interval, ratio_name, title
+from slidesparse.report.view import HOST_BOUND, NOISY, View, interval, ratio_name, throttled, title
 
 
 @dataclass(frozen=True)
@@ -213,11 +213,11 @@ def _limits(view: View) -> list[str]:
         lines.append(f"{host} of {len(frame)} ratios are host-bound: they measure dispatch, not the product.")
     frames = [f for f in (*view.records.throughput.values(), view.records.linear, view.records.kernel) if not f.empty]
     failed, skipped = (sum(int((f["status"] == name).sum()) for f in frames) for name in ("failed", "skipped"))
-    throttled = sum(int((f["throttle"] != "").sum()) for f in frames)
+    hot = sum(int(throttled(f).sum()) for f in frames)
     if failed or skipped:
         lines.append(f"{failed} benchmark cells failed and {skipped} were skipped: section 12 gives the reasons.")
-    if throttled:
-        lines.append(f"{throttled} rows were measured while the GPU was throttled.")
+    if hot:
+        lines.append(f"{hot} rows were measured while the GPU was throttled beyond its power cap.")
     return lines
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 
 from slidesparse.dtypes import DType
 from slidesparse.report import compare
+from slidesparse.report.activations import activation_table
 from slidesparse.report.markdown import Table, code, integer, known, percent, seconds, significant, size, text
 from slidesparse.report.view import FAILED, SKIPPED, View, state, title
 
@@ -105,6 +106,8 @@ class TuneBlock:
 
     title: str
     summary: Table
+    activations: Table
+    """Activation kernels beside a copy of as many bytes."""
     winners: list[tuple[str, Table]]
     """One table an operation."""
 
@@ -113,7 +116,8 @@ def tune_blocks(view: View) -> list[TuneBlock]:
     """How many candidates there were, and what choosing gained over taking the median one."""
     blocks = []
     for model, dtype, emulation, rows in view.groups(view.records.tune):
-        blocks.append(TuneBlock(title(model, dtype, emulation), _tune_summary(view, rows), _winners(view, rows)))
+        name = title(model, dtype, emulation)
+        blocks.append(TuneBlock(name, _tune_summary(view, rows), activation_table(view, rows), _winners(view, rows)))
     return blocks
 
 

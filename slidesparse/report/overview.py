@@ -16,11 +16,13 @@ from slidesparse.report.view import (
     FAILED,
     LINEAR_TASK,
     NOT_RUN,
+    POWER_CAP,
     SKIPPED,
     TASKS,
     UNCHECKED,
     View,
     state,
+    throttled,
 )
 
 MACHINE = "this machine"
@@ -242,7 +244,7 @@ def checks_table(view: View) -> Table:
 def quality_table(view: View) -> Table:
     """Noise, host-bound steps and throttling, counted."""
     head = ["measurement", "limit of the interval", "rows measured", "wider than the limit", "ended by time cap",
-            "host-bound", "throttled"]  # fmt: skip
+            "host-bound", "at the power cap", "throttled beyond it"]  # fmt: skip
     frames = {phase: view.records.throughput[phase] for phase in PHASES} | {
         "kernel": view.records.kernel,
         "linear": view.records.linear,
@@ -260,6 +262,7 @@ def quality_table(view: View) -> Table:
         capped = MISSING if kind == "calibrate" else integer(int((done["stop"] == "time cap").sum()))
         rows.append([
             kind, MISSING if limit is None else f"±{limit * 100:g} %", integer(len(done)), wide, capped, host,
-            integer(int((done["throttle"] != "").sum())),
+            integer(int(done["throttle"].astype(str).str.contains(POWER_CAP).sum())),
+            integer(int(throttled(done).sum())),
         ])  # fmt: skip
     return Table(head, rows)

@@ -29,6 +29,13 @@ LEGEND = {
 }
 LINEAR_TASK, CALIBRATE_TASK = "whole linear layers", "what this machine can do"
 TASKS = {"kernel_dense": "kernel, dense", "kernel_high": "kernel, sparse high", "kernel_low": "kernel, sparse low"}
+POWER_CAP = "power cap"
+
+
+def throttled(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Rows that something slowed down beyond the power cap, which is how a GPU limits itself under load."""
+    reasons = frame["throttle"].astype(str).str.split(", ")
+    return reasons.map(lambda names: any(name not in ("", POWER_CAP) for name in names)).astype(bool)
 
 
 @dataclass(frozen=True)
