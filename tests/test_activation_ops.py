@@ -11,7 +11,8 @@ from slidesparse.pattern import Sparsity
 
 pytest.importorskip("triton")
 from slidesparse.kernels import activation_ops
-from slidesparse.kernels.triton_activations import DEQUANTISE_LAUNCHES, QUANTISE_LAUNCHES
+from slidesparse.kernels.triton_activations import QUANTISE_LAUNCHES
+from slidesparse.kernels.triton_dequantise import DEQUANTISE_LAUNCHES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 K, N = 96, 64

@@ -17,7 +17,9 @@ from slidesparse.pattern import Sparsity
 
 pytest.importorskip("triton")
 from slidesparse.kernels import triton_activations as activations
-from slidesparse.kernels.triton_activations import DEQUANTISE_LAUNCHES, QUANTISE_LAUNCHES, Launch
+from slidesparse.kernels.triton_activations import QUANTISE_LAUNCHES
+from slidesparse.kernels.triton_dequantise import DEQUANTISE_LAUNCHES, dequantise_bias
+from slidesparse.kernels.triton_launch import Launch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -158,7 +160,7 @@ def test_what_it_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match=r"codes must be contiguous torch.int8 \[2, 32\]"):
         activations.quantise_lift(x, DType.INT8, None, codes=torch.zeros(2, 64, dtype=torch.int8))
     with pytest.raises(ValueError, match="out must be contiguous"):
-        activations.dequantise_bias(x.float(), x[:, :1].float(), x.float(), None, out=x.float())
+        dequantise_bias(x.float(), x[:, :1].float(), x.float(), None, out=x.float())
 
 
 @pytest.mark.parametrize("launch", DEQUANTISE_LAUNCHES, ids=str)
@@ -169,7 +171,7 @@ def test_every_launch_of_dequantise(rows: int, launch: Launch) -> None:
     acc = torch.arange(rows * 1024, dtype=torch.int32).reshape(rows, 1024) % 509 - 254
     token, channel = 2.0 ** torch.arange(rows).reshape(rows, 1), 2.0 ** (torch.arange(1024) % 5).reshape(1024, 1)
     out = torch.full((rows, 1024), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    activations.dequantise_bias(acc.to(DEVICE), token.to(DEVICE), channel.to(DEVICE), None, launch, out)
+    dequantise_bias(acc.to(DEVICE), token.to(DEVICE), channel.to(DEVICE), None, launch, out)
     assert torch.equal(out.cpu(), reference.dequantise_bias(acc, token, channel, None))
 
 
@@ -180,7 +182,7 @@ def test_dequantise_bias_equals_the_reference(accumulator: torch.dtype, bias: bo
     acc = torch.randint(-100_000, 100_000, (5, 1500), generator=generator).to(accumulator)
     token, channel = torch.rand(5, 1, generator=generator), torch.rand(1500, 1, generator=generator)
     offset = torch.randn(1500, generator=generator).bfloat16() if bias else None
-    ours = activations.dequantise_bias(
+    ours = dequantise_bias(
         acc.to(DEVICE), token.to(DEVICE), channel.to(DEVICE), None if offset is None else offset.to(DEVICE)
     ).cpu()
     expected = reference.dequantise_bias(acc, token, channel, offset)
@@ -196,7 +198,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
     m, n = 65536, 37888
     acc = torch.randint(-1000, 1000, (m, n), dtype=torch.int32, device=DEVICE)
     token, channel = torch.rand(m, 1, device=DEVICE), torch.rand(n, 1, device=DEVICE)
-    out = activations.dequantise_bias(acc, token, channel, None)
+    out = dequantise_bias(acc, token, channel, None)
     for row in (0, m // 2, m - 1):
         expected = reference.dequantise_bias(acc[row : row + 1].cpu(), token[row : row + 1].cpu(), channel.cpu(), None)
         assert torch.equal(out[row : row + 1].cpu(), expected)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 
 from slidesparse.dtypes import DType
-from slidesparse.kernels import triton_activations as kernels
+from slidesparse.kernels import triton_activations, triton_dequantise
 from slidesparse.kernels.gemm_ops import NAMESPACE
-from slidesparse.kernels.triton_activations import Launch
+from slidesparse.kernels.triton_launch import Launch
 from slidesparse.pattern import Sparsity
 
 DENSE, INFINITE = 0, -1
@@ -39,7 +39,7 @@ def dequantise_bias(
     bias: torch.Tensor | None,
     launch: Launch,
 ) -> torch.Tensor:
-    """`triton_activations.dequantise_bias` as one operator of a graph."""
+    """`triton_dequantise.dequantise_bias` as one operator of a graph."""
     result: torch.Tensor = dequantise_bias_op(
         acc, scale_token, scale_channel, bias, launch.words, launch.warps, launch.rows
     )
@@ -61,7 +61,7 @@ def quantise_lift_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x bfloat16 [M, K] -> codes [M, K'], scale float32 [M, 1]."""
     dtype, sparsity = _meaning(length, fp8)
-    return kernels.quantise_lift(x, dtype, sparsity, Launch(words, warps))
+    return triton_activations.quantise_lift(x, dtype, sparsity, Launch(words, warps))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::dequantise_bias", mutates_args=())
@@ -75,7 +75,7 @@ def dequantise_bias_op(
     rows: int,
 ) -> torch.Tensor:
     """acc [M, N], scales float32 [M, 1] and [N, 1], bias [N] -> bfloat16 [M, N]."""
-    return kernels.dequantise_bias(acc, scale_token, scale_channel, bias, Launch(words, warps, rows))
+    return triton_dequantise.dequantise_bias(acc, scale_token, scale_channel, bias, Launch(words, warps, rows))
 
 
 @quantise_lift_op.register_fake
@@ -88,7 +88,7 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype, sparsity = _meaning(length, fp8)
     # K is the layer's, a plain number; M may be a symbol.
-    width = kernels.lifted_width(int(x.shape[1]), dtype, sparsity)
+    width = triton_activations.lifted_width(int(x.shape[1]), dtype, sparsity)
     return x.new_empty((x.shape[0], width), dtype=dtype.torch), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 

@@ -16,12 +16,13 @@ class TritonActivations(Activations):
 
     @property
     def revision(self) -> str:
-        return source_hash("triton_activations")
+        return source_hash("triton_activations", "triton_dequantise", "triton_launch")
 
     def algorithms(self, operation: ActivationOperation, dtype: DType) -> tuple[Algorithm, ...]:
-        from slidesparse.kernels import triton_activations as kernels
+        from slidesparse.kernels.triton_activations import QUANTISE_LAUNCHES
+        from slidesparse.kernels.triton_dequantise import DEQUANTISE_LAUNCHES
 
-        launches = kernels.DEQUANTISE_LAUNCHES if operation == "dequantise_bias" else kernels.QUANTISE_LAUNCHES
+        launches = DEQUANTISE_LAUNCHES if operation == "dequantise_bias" else QUANTISE_LAUNCHES
         return tuple(Algorithm(place, str(launch)) for place, launch in enumerate(launches))
 
     def quantise(
@@ -42,7 +43,7 @@ class TritonActivations(Activations):
         algorithm: Algorithm,
     ) -> torch.Tensor:
         from slidesparse.kernels import activation_ops as operators
-        from slidesparse.kernels.triton_activations import DEQUANTISE_LAUNCHES
+        from slidesparse.kernels.triton_dequantise import DEQUANTISE_LAUNCHES
 
         if out_dtype is not torch.bfloat16:
             raise ValueError(f"the Triton kernel writes bfloat16, not {out_dtype}")

@@ -1,6 +1,6 @@
-"""The activation kernels of a sparse linear layer on a GPU: quantise (+ lift), dequantise + bias, in Triton.
+"""Quantise and lift, in one pass over a row, in Triton: what comes before a sparse GEMM.
 
-quantise (+ lift): x [M, K] -> codes [M, K'], scale float32 [M, 1]; `reference.quantise` and `reference.lift`
+x [M, K] -> codes [M, K'], scale float32 [M, 1]; `reference.quantise` and `reference.lift`
 bit for bit, but for the sign of FP8 zeros.
 
     Layout. A row is read as 32-bit pairs of 16-bit values, once from memory for its largest magnitude and once from the
@@ -17,18 +17,11 @@ bit for bit, but for the sign of FP8 zeros.
     Not finite. The largest magnitude is found on pairs of bfloat16 bits, where NaN and infinity are above all numbers:
     such a row gets codes 0 and scale NaN.
 
-dequantise + bias: acc [M, N] -> bf16((acc * scale_token[m]) * scale_channel[n] + bias[n]), one rounding.
-
-    A program takes some rows of a run of columns, whose scales and biases it loads once. Where M is no multiple of
-    the rows, the last program starts earlier and writes some rows again, with the same bytes: no row needs a mask.
-
-All offsets are 64-bit: M * N may exceed 2**31. From Hopper on both are programmatic dependent launches: a kernel is set
-up while the one before it ends, and waits for all of its writes before it reads anything.
+All offsets are 64-bit: M * K' may exceed 2**31.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -37,6 +30,7 @@ import triton.language as tl
 
 from slidesparse.dtypes import DType
 from slidesparse.kernels.reference import SCALE_FLOOR
+from slidesparse.kernels.triton_launch import Launch, early_launch, output, turn
 from slidesparse.pattern import WINDOW, Sparsity
 
 ROUND = tl.constexpr(12582912.0)
@@ -44,41 +38,16 @@ ROUND = tl.constexpr(12582912.0)
 NOT_FINITE = tl.constexpr(0x7F80)
 """bfloat16 magnitude bits of infinity; NaNs are above."""
 WARP = 32
-EARLY_CAPABILITY = (9, 0)
-"""Programmatic dependent launch came with Hopper."""
 UNROLLED = 64
 """Windows a lane up to which the second pass is unrolled: beyond, compiling takes many seconds."""
 SMALL_ROW = 1 << 15
 """Up to so many windows a row, dividing by the windows of a group is one multiplication and a shift."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Tuned parameters of one launch.
-
-    words: windows (quantise) or outputs (dequantise) of a row whose loads are under way together; a multiple of
-        32 * warps.
-    rows: rows of one program (dequantise).
-    """
-
-    words: int
-    warps: int
-    rows: int = 1
-
-    def __str__(self) -> str:
-        return f"words={self.words} warps={self.warps} rows={self.rows}"
-
-
 QUANTISE_LAUNCHES = tuple(
     Launch(words, warps)
     for words, warps in ((1024, 4), (1024, 8), (2048, 8), (512, 4), (640, 4), (512, 2), (256, 2), (1024, 16))
 )
-DEQUANTISE_LAUNCHES = tuple(
-    Launch(words, warps, rows)
-    for words, warps, rows in (
-        (1024, 8, 2), (512, 4, 2), (512, 4, 4), (1024, 4, 2), (2048, 8, 1), (2048, 8, 2), (256, 2, 4),
-    )
-)  # fmt: skip
 """Candidates of tuning; the first is taken where nothing was tuned."""
 
 
@@ -129,47 +98,16 @@ def quantise_lift(
     if x.dtype != torch.bfloat16 or not x.is_contiguous():
         raise ValueError(f"quantise: x must be contiguous bfloat16 [M, K], not {x.dtype} with strides {x.stride()}")
     sizes = _sizes(k, dtype, sparsity)
-    codes = _output(codes, (m, lifted_width(k, dtype, sparsity)), dtype.torch, x.device, "codes")
-    scale = _output(scale, (m, 1), torch.float32, x.device, "scale")
+    codes = output(codes, (m, lifted_width(k, dtype, sparsity)), dtype.torch, x.device, "codes")
+    scale = output(scale, (m, 1), torch.float32, x.device, "scale")
     if m:
         lanes = WARP * launch.warps
         looped = 0 if sizes["OUT"] <= UNROLLED * lanes else sizes["INSIDE"] // launch.words * launch.words
         _quantise_lift[(m,)](
             x.view(torch.int32), codes.view(torch.int32), scale, **sizes, PTX=not triton.knobs.runtime.interpret,
-            LANES=lanes, STEPS=launch.words // lanes, LOOPED=looped, num_warps=launch.warps, **_early(x.device),
+            LANES=lanes, STEPS=launch.words // lanes, LOOPED=looped, num_warps=launch.warps, **early_launch(x.device),
         )  # fmt: skip
     return codes, scale
-
-
-def _output(
-    given: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, name: str
-) -> torch.Tensor:
-    if given is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    if given.shape != shape or given.dtype != dtype or not given.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous {dtype} {list(shape)}, not {given.dtype} {list(given.shape)} with strides "
-            f"{given.stride()}"
-        )
-    return given
-
-
-def _early(device: torch.device) -> dict[str, bool]:
-    """Launch arguments by which a kernel is set up while the one before it still runs."""
-    return {"EARLY": True, "launch_pdl": True} if _has_early_launch(device) else {"EARLY": False}
-
-
-@lru_cache(maxsize=64)
-def _has_early_launch(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= EARLY_CAPABILITY
-
-
-@triton.jit
-def _turn(EARLY: tl.constexpr):
-    """Wait until the kernel before has finished, all its writes included; then let the one after be set up."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -187,7 +125,7 @@ def _quantise_lift(
     LOOPED: tl.constexpr,  # leading windows that a loop writes; the rest is unrolled
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    _turn(EARLY)
+    turn(EARLY)
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * PAIRS
     codes_ptr += row * OUT
@@ -374,68 +312,3 @@ def _bits(x):
 @triton.jit
 def _e4m3(q, LIMIT: tl.constexpr):
     return tl.clamp(q, -LIMIT, LIMIT).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
-
-
-def dequantise_bias(
-    acc: torch.Tensor,
-    scale_token: torch.Tensor,
-    scale_channel: torch.Tensor,
-    bias: torch.Tensor | None,
-    launch: Launch = DEQUANTISE_LAUNCHES[0],
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """acc [M, N] int32, float32 or bfloat16, scales float32 [M, 1] and [N, 1], bias [N] -> bfloat16 [M, N].
-
-    All contiguous. `out` is where the result goes; allocated if None. Raises ValueError when it does not fit.
-    """
-    m, n = acc.shape
-    out = _output(out, (m, n), torch.bfloat16, acc.device, "out")
-    if m:
-        rows = min(launch.rows, m)
-        columns = triton.cdiv(n, launch.words)
-        _dequantise_bias[(triton.cdiv(m, rows) * columns,)](
-            acc, scale_token, scale_channel, acc if bias is None else bias, out, m,
-            N=n, COLUMNS=columns, BIAS=bias is not None, WORDS=launch.words, ROWS=rows,
-            num_warps=launch.warps, enable_fp_fusion=False, **_early(acc.device),
-        )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _dequantise_bias(
-    acc_ptr, token_ptr, channel_ptr, bias_ptr, out_ptr, m,
-    N: tl.constexpr,
-    COLUMNS: tl.constexpr,  # programs side by side
-    BIAS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    _turn(EARLY)
-    row = tl.program_id(0) // COLUMNS * ROWS
-    if ROWS > 1:
-        row = tl.minimum(row, m - ROWS)
-    column = tl.program_id(0) % COLUMNS * WORDS + tl.arange(0, WORDS)
-    inside = column < N
-    acc_ptr += row.to(tl.int64) * N
-    out_ptr += row.to(tl.int64) * N
-
-    # All loads first: stores are not passed by later loads.
-    sums, tokens = (), ()
-    for r in tl.static_range(ROWS):
-        sums += (_columns(acc_ptr + r * N, column, inside, N, WORDS),)
-    for r in tl.static_range(ROWS):
-        tokens += (tl.load(token_ptr + row + r),)
-    channel = _columns(channel_ptr, column, inside, N, WORDS)
-    if BIAS:
-        bias = _columns(bias_ptr, column, inside, N, WORDS).to(tl.float32)
-    for r in tl.static_range(ROWS):
-        y = sums[r].to(tl.float32) * tokens[r] * channel
-        if BIAS:
-            y += bias
-        if N % WORDS:
-            tl.store(out_ptr + (r * N + column), y.to(tl.bfloat16), mask=inside)
-        else:
-            tl.store(out_ptr + (r * N + column), y.to(tl.bfloat16))
-
-
-@triton.jit
-def _columns(ptr, column, inside, N: tl.constexpr, WORDS: tl.constexpr):
-    return tl.load(ptr + column, mask=inside, other=0) if N % WORDS else tl.load(ptr + column)
