@@ -87,6 +87,7 @@ pin=$(<"requirements/torch-$choice.txt")
 base=$({ echo "$venv $choice"; digest requirements/base.lock "requirements/torch-$choice.txt"; } | sha256sum)
 dev=$(digest requirements/dev.lock requirements/triton.txt)
 project=$(digest pyproject.toml)
+gpu=$(digest requirements/gpu.txt csrc/CMakeLists.txt csrc/*/*)
 
 if ! current base "$base" || ! "$python" -c pass 2>/dev/null; then
   make_base
@@ -96,6 +97,13 @@ fi
 if ! current project "$project"; then
   pip install --no-deps --no-build-isolation --editable .
   done_with project "$project"
+fi
+if [ "$choice" = cuda ] && ! current gpu "$gpu"; then
+  say "GPU libraries (gpu.txt), then csrc/ with them"
+  pip install --no-deps -r requirements/gpu.txt
+  # What cannot be built is not needed by everything: `make doctor` says what is then skipped, and the next call tries again.
+  if PATH="$venv/bin:$PATH" "$python" -m slidesparse.kernels.build >&2; then done_with gpu "$gpu"
+  else say "warning: csrc/ was not built, see above; GPU cells that need it will be skipped"; fi
 fi
 if [ "$part" = dev ] && ! current dev "$dev"; then
   say "test and lint packages (dev.lock)"

@@ -31,6 +31,7 @@ class Checkout:
         self.root, self.bin, self.log = folder / "checkout", folder / "bin", folder / "log"
         shutil.copytree(ROOT / "requirements", self.root / "requirements")
         shutil.copytree(ROOT / ".ci", self.root / ".ci")
+        shutil.copytree(ROOT / "csrc", self.root / "csrc")
         for name in ("Makefile", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root / name)
         for name in ("slidesparse", "tests"):
@@ -147,6 +148,33 @@ def test_torch_is_chosen_by_the_machine_and_stays(checkout: Checkout) -> None:
     )
     checkout("make", "env")
     assert checkout.asked() == [], "what was asked for by name is not undone by a later call without it"
+
+
+def test_a_gpu_host_builds_csrc_once_and_again_when_it_changed(checkout: Checkout) -> None:
+    checkout("make", "env", "TORCH=cuda")
+    asked = checkout.asked()
+    assert any(line.endswith("-r requirements/gpu.txt") for line in asked)
+    assert asked[-1] == "-m slidesparse.kernels.build"
+    checkout("make", "env")
+    assert checkout.asked() == []
+    with (checkout.root / "csrc" / "src" / "status.cpp").open("a") as stream:
+        stream.write("// changed\n")
+    checkout("make", "env")
+    assert checkout.asked()[-1] == "-m slidesparse.kernels.build"
+
+
+def test_a_failed_build_of_csrc_is_said_and_tried_again_but_stops_nothing(checkout: Checkout) -> None:
+    done = checkout("make", "plan", "TORCH=cuda", FAKE_FAILS_AT="slidesparse.kernels.build")
+    assert done.returncode == 0
+    assert "warning: csrc/ was not built" in done.stderr
+    checkout.asked()
+    checkout("make", "plan")
+    assert "-m slidesparse.kernels.build" in checkout.asked()
+
+
+def test_a_cpu_host_builds_nothing(checkout: Checkout) -> None:
+    checkout("make", "env", "TORCH=cpu")
+    assert not any("kernels.build" in line or "gpu.txt" in line for line in checkout.asked())
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
