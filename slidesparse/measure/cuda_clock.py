@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,6 +20,33 @@ HEAD_START_CYCLES = 60_000
 """The device idles this long (about 40 us) before each batch, so that the host has handed all of it over by then."""
 
 
+class Pool:
+    """Memory that graphs share, for as long as one of them lives. Use `current`.
+
+    Each graph on its own would keep what it allocates: hundreds of candidates fill any GPU. They replay one at a time,
+    and what one leaves in there no other reads.
+    """
+
+    _latest: ClassVar[weakref.ref[Pool] | None] = None
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+
+    @classmethod
+    def current(cls) -> Pool:
+        """The pool of the graphs that live, or a new one."""
+        # NOTES: torch refuses a capture into a pool whose graphs are all gone (internal assert, "use_count > 0"). The
+        # memory of such a pool goes to no capture again until the cache is emptied, which a capture itself cannot do.
+        pool = cls._latest() if cls._latest is not None else None
+        if pool is None:
+            free, total = torch.cuda.mem_get_info()
+            if free < total // 2:
+                torch.cuda.empty_cache()
+            pool = cls()
+            cls._latest = weakref.ref(pool)
+        return pool
+
+
 @dataclass(frozen=True)
 class Graph:
     """Captured launches; calling it replays them. A graph knows addresses only: `calls` keeps the buffers alive."""
@@ -26,6 +54,7 @@ class Graph:
     graph: Any
     launches: int
     calls: tuple[Call, ...]
+    pool: Pool
 
     def __call__(self) -> None:
         self.graph.replay()
@@ -70,20 +99,19 @@ class CudaClock:
 
 
 @lru_cache(maxsize=1)
-def _pool() -> Any:
-    """Memory that all graphs share. Each on its own would keep what it allocates until the cache is emptied: hundreds
-    of candidates fill any GPU. They replay one at a time, and what one leaves in there no other reads."""
-    return torch.cuda.graph_pool_handle()
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all: torch hands memory of a pool only to the stream that it was first allocated on."""
+    return torch.cuda.Stream()
 
 
 def _capture(calls: Sequence[Call], repeats: int) -> Graph:
     # NOTES: not `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time, tens of
     # milliseconds for each of thousands of candidates.
-    stream = torch.cuda.Stream()
+    stream, pool = _capture_stream(), Pool.current()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        graph.capture_begin(_pool())
+        graph.capture_begin(pool.handle)
         try:
             for _ in range(repeats):
                 # Outputs live until the round is over: memory freed earlier would be handed to the next call, and
@@ -93,7 +121,7 @@ def _capture(calls: Sequence[Call], repeats: int) -> Graph:
         finally:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    return Graph(graph, repeats * len(calls), tuple(calls))
+    return Graph(graph, repeats * len(calls), tuple(calls), pool)
 
 
 def sets_beyond_l2(bytes_per_set: int, most: int = 64) -> int:
