@@ -139,13 +139,7 @@ def _quantise_lift(
         else:
             pair = tl.load(x_ptr + index, mask=index < PAIRS, other=0, eviction_policy="evict_last")
         largest = _larger(largest, pair, PTX)
-    top = tl.max(tl.maximum(largest & 0xFFFF, largest >> 16))
-    finite = top < NOT_FINITE
-    amax = (tl.where(finite, top, 0) << 16).to(tl.float32, bitcast=True)
-    scale = tl.maximum(tl.div_rn(amax, LIMIT), FLOOR)
-    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))
-    inverse, error = _inverse(amax, scale, FP8)
-    keep = tl.where(finite, -1, 0)
+    inverse, error, keep = _row_scale(largest, scale_ptr, row, FP8, LIMIT, FLOOR)
 
     for start in tl.range(0, LOOPED, STEPS * LANES):
         _write(
@@ -209,6 +203,18 @@ def _larger(most, pair, PTX: tl.constexpr):
 
 
 @triton.jit
+def _row_scale(largest, scale_ptr, row, FP8: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
+    """Store a row's scale, from the pairs that `_larger` gave. What `_word` takes, and a mask of its words."""
+    top = tl.max(tl.maximum(largest & 0xFFFF, largest >> 16))
+    finite = top < NOT_FINITE
+    amax = (tl.where(finite, top, 0) << 16).to(tl.float32, bitcast=True)
+    scale = tl.maximum(tl.div_rn(amax, LIMIT), FLOOR)
+    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))
+    inverse, error = _inverse(amax, scale, FP8)
+    return inverse, error, tl.where(finite, -1, 0)
+
+
+@triton.jit
 def _inverse(amax, scale, FP8: tl.constexpr):
     """1 / scale for `_scaled`: see the head of this file."""
     inverse = tl.div_rn(1.0, scale)
@@ -230,12 +236,8 @@ def _scaled(bits, inverse, error, FP8: tl.constexpr):
 
 
 @triton.jit
-def _window(
-    x_ptr, start, lane, PAIRS: tl.constexpr, WINDOWS: tl.constexpr, BORDER: tl.constexpr, SMALL: tl.constexpr,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    """The two pairs of windows start + lane; 0 past the row."""
-    window = start + lane
+def _first_pair(window, WINDOWS: tl.constexpr, SMALL: tl.constexpr):
+    """Number of the left pair of a window."""
     if WINDOWS == 0:
         pair = window
     elif WINDOWS == 1:
@@ -246,6 +248,17 @@ def _window(
         # Exact below 2**18 / 6: the factor is too large by at most 6/7.
         factor: tl.constexpr = (2**18 + WINDOWS - 1) // WINDOWS
         pair = window + ((window.to(tl.uint32) * factor) >> 18).to(tl.int32)
+    return pair
+
+
+@triton.jit
+def _window(
+    x_ptr, start, lane, PAIRS: tl.constexpr, WINDOWS: tl.constexpr, BORDER: tl.constexpr, SMALL: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The two pairs of windows start + lane; 0 past the row."""
+    window = start + lane
+    pair = _first_pair(window, WINDOWS, SMALL)
     if BORDER:
         left = tl.load(x_ptr + pair, mask=pair < PAIRS, other=0)
         right = tl.load(x_ptr + pair + 1, mask=pair + 1 < PAIRS, other=0)
