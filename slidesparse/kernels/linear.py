@@ -13,7 +13,7 @@ from torch import nn
 from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError
 from slidesparse.kernels import operands
-from slidesparse.kernels.backend import ActivationOperation, Algorithm, backend, named
+from slidesparse.kernels.backend import ActivationOperation, Algorithm, Weight, backend, named
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Operation, Variant
 
@@ -49,6 +49,72 @@ class Choice:
         return f"{self.quantise.name} > {self.gemm.name} > {self.dequantise.name}"
 
 
+class Recipe:
+    """Which kernels run the linears of one shape, at each M. Operands come with each call: it holds no weights."""
+
+    def __init__(self, variant: Variant, dtype: DType, n: int, k: int, operand_k: int, store: LookUp | None) -> None:
+        """k: columns before lifting; operand_k: columns of the packed weight (K' of a sparse backend)."""
+        self.backend = backend(variant.backend)
+        self.variant, self.dtype, self.n, self.k = variant, dtype, n, k
+        self._operand_k, self._store = operand_k, store
+
+    def choices(self, m: int, bias: bool) -> list[Choice]:
+        """The tuned choice at M tokens; with the epilogue in a second kernel first, then fused where it can be."""
+        split = self._choose(m)
+        scaled = self.backend.scaled_algorithms(self.dtype, m, self.n, self._operand_k, bias)
+        return [split, *(replace(split, scaled=algorithm) for algorithm in scaled)]
+
+    def run(
+        self,
+        tokens: torch.Tensor,
+        weight: Weight,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        bias16: torch.Tensor | None,
+        choice: Choice,
+    ) -> torch.Tensor:
+        """tokens [M, K] -> [M, N]. scale float32 [N, 1]; bias [N] in float32 and in bfloat16, or None."""
+        activations = self.backend.activations
+        codes, token_scale = activations.quantise(tokens, self.dtype, self.variant.sparsity, choice.quantise)
+        m = tokens.shape[0]
+        if choice.scaled is not None:
+            y = torch.empty(m, self.n, dtype=torch.bfloat16, device=tokens.device)
+            return self.backend.gemm_scaled(codes, token_scale, weight, scale, bias16, choice.scaled, y)
+        acc = torch.empty(m, self.n, dtype=self.backend.output(self.dtype), device=tokens.device)
+        self.backend.gemm(codes, weight, choice.gemm, acc)
+        return activations.dequantise_bias(acc, token_scale, scale, bias, tokens.dtype, choice.dequantise)
+
+    def _choose(self, m: int) -> Choice:
+        gemm: Operation = "sparse_gemm" if self.backend.sparse else "dense_gemm"
+        quantise: ActivationOperation = "quantise_lift" if self.backend.sparse else "quantise"
+        activations = self.backend.activations
+        return Choice(
+            self._best(quantise, activations.name, (m, 0, self.k), activations.algorithms(quantise, self.dtype)),
+            self._best(
+                gemm,
+                self.backend.name,
+                (m, self.n, self.k),
+                self.backend.algorithms(self.dtype, m, self.n, self._operand_k),
+            ),
+            self._best(
+                "dequantise_bias",
+                activations.name,
+                (m, self.n, 0),
+                activations.algorithms("dequantise_bias", self.dtype),
+            ),
+        )
+
+    def _best(
+        self, operation: Operation, family: str, size: tuple[int, int, int], candidates: tuple[Algorithm, ...]
+    ) -> Algorithm:
+        if self._store is None:
+            return candidates[0]
+        sparsity = None if operation == "dequantise_bias" else self.variant.sparsity
+        names = [candidate.name for candidate in candidates]
+        found = self._store.find(operation, family, self.dtype, sparsity, size, names)
+        return (named(candidates, found) if found else None) or candidates[0]
+
+
 class W8A8Linear(nn.Module):
     """x [..., K] bfloat16 (or float32) -> [..., N] of x's type. Formula: `kernels/reference.py`.
 
@@ -80,7 +146,6 @@ class W8A8Linear(nn.Module):
         super().__init__()
         self.backend = backend(variant.backend)
         self.name, self.variant, self.dtype, self.k, self.n = name, variant, dtype, k, codes.shape[0]
-        self._store = store
         if self.backend.sparse != (variant.sparsity is not None):
             raise CheckpointError(f"{name}: backend {variant.backend} cannot run pattern {variant.sparsity or 'dense'}")
         if codes.dtype != dtype.torch:
@@ -94,6 +159,7 @@ class W8A8Linear(nn.Module):
         if variant.sparsity is not None and not lifted:
             codes = operands.lift(codes, variant.sparsity, name)
         self.weight = self.backend.pack(codes, dtype, name)
+        self.recipe = Recipe(variant, dtype, self.n, k, self.weight.k, store)
         self.scale = nn.Buffer(scale.float().to(self.backend.device), persistent=False)
         bias = None if bias is None else bias.to(self.backend.device)
         self.bias = None if bias is None else nn.Buffer(bias.float(), persistent=False)
@@ -114,53 +180,13 @@ class W8A8Linear(nn.Module):
 
     def run(self, tokens: torch.Tensor, choice: Choice) -> torch.Tensor:
         """tokens [M, K] -> [M, N] by the algorithms of `choice`."""
-        activations = self.backend.activations
-        codes, scale = activations.quantise(tokens, self.dtype, self.variant.sparsity, choice.quantise)
-        m = tokens.shape[0]
-        if choice.scaled is not None:
-            y = torch.empty(m, self.n, dtype=torch.bfloat16, device=tokens.device)
-            return self.backend.gemm_scaled(codes, scale, self.weight, self.scale, self.bias16, choice.scaled, y)
-        acc = torch.empty(m, self.n, dtype=self.backend.output(self.dtype), device=tokens.device)
-        self.backend.gemm(codes, self.weight, choice.gemm, acc)
-        return activations.dequantise_bias(acc, scale, self.scale, self.bias, tokens.dtype, choice.dequantise)
+        return self.recipe.run(tokens, self.weight, self.scale, self.bias, self.bias16, choice)
 
     def choices(self, m: int) -> list[Choice]:
-        """The tuned choice at M tokens; with the epilogue in a second kernel first, then fused where it can be."""
-        split = self._choose(m)
-        scaled = self.backend.scaled_algorithms(self.dtype, m, self.n, self.weight.k, self.bias is not None)
-        return [split, *(replace(split, scaled=algorithm) for algorithm in scaled)]
+        """See `Recipe.choices`."""
+        return self.recipe.choices(m, self.bias is not None)
 
     def forget(self) -> None:
         """Forget choices and path counts: the next cell looks up and counts its own."""
         self._choices.clear()
         self.paths.clear()
-
-    def _choose(self, m: int) -> Choice:
-        gemm: Operation = "sparse_gemm" if self.backend.sparse else "dense_gemm"
-        quantise: ActivationOperation = "quantise_lift" if self.backend.sparse else "quantise"
-        activations = self.backend.activations
-        return Choice(
-            self._best(quantise, activations.name, (m, 0, self.k), activations.algorithms(quantise, self.dtype)),
-            self._best(
-                gemm,
-                self.backend.name,
-                (m, self.n, self.k),
-                self.backend.algorithms(self.dtype, m, self.n, self.weight.k),
-            ),
-            self._best(
-                "dequantise_bias",
-                activations.name,
-                (m, self.n, 0),
-                activations.algorithms("dequantise_bias", self.dtype),
-            ),
-        )
-
-    def _best(
-        self, operation: Operation, family: str, size: tuple[int, int, int], candidates: tuple[Algorithm, ...]
-    ) -> Algorithm:
-        if self._store is None:
-            return candidates[0]
-        sparsity = None if operation == "dequantise_bias" else self.variant.sparsity
-        names = [candidate.name for candidate in candidates]
-        found = self._store.find(operation, family, self.dtype, sparsity, size, names)
-        return (named(candidates, found) if found else None) or candidates[0]
