@@ -83,13 +83,14 @@ class _Table:
         try:
             side = backend(self._variant.backend)
             side.require(self._run.machine, self._dtype)
+            header = self._header(side)
         except UnsupportedHere as error:
             with RowBook(path, self._header(None)) as book:
                 for cell in self._cells:
                     self._skip(cell, str(error), book)
                     bar.advance(note=str(cell))
             return
-        with RowBook(path, self._header(side)) as book:
+        with RowBook(path, header) as book:
             for cell in self._cells:
                 self._cell(cell, side, book)
                 bar.advance(note=str(cell))
@@ -120,8 +121,9 @@ class _Table:
             if isinstance(error, VerificationError):
                 columns |= {"verified": "failed", "check": reason_of(error)}
             row = self._row(**(columns | self._run.stamp()), status="failed", reason=reason_of(error))
-            free_memory(side)
         book.add(row)
+        if row.status == "failed":  # only now: the traceback held the buffers
+            free_memory(side)
 
     def _skip(self, cell: KernelCell, reason: str, book: RowBook) -> None:
         self._outcome.skipped += 1

@@ -123,8 +123,9 @@ class _Variant:
                     columns |= {"verified": "failed", "check": reason_of(error)}
                 columns = {"fingerprint": ""} | columns
                 row = LinearRow(**columns, **self._run.stamp(), status="failed", reason=reason_of(error))
-                free_memory(backend(self._variant.backend))
             self._book.add(row)
+            if row.status == "failed":  # only now: the traceback held the buffers
+                free_memory(backend(self._variant.backend))
             bar.advance(note=str(cell))
 
     def _skip(self, cell: LinearCell, reason: str) -> None:

@@ -64,8 +64,7 @@ class _Tuner:
             chosen = backend(cell.variant.backend)
             chosen.require(self._run.machine, cell.dtype)
         except UnsupportedHere as error:
-            self._outcome.skipped += 1
-            self._none(cell, "skipped", str(error), fingerprint(cell, error))
+            self._skip(cell, error)
             return
         kernels = "" if cell.operation in ("dense_gemm", "sparse_gemm") else chosen.activations.revision
         conditions = fingerprint(cell, self._stopping, seed, self._store.versions, kernels)
@@ -79,13 +78,16 @@ class _Tuner:
             rows = self._measure(cell, bench, chosen, conditions)
         except (DiskError, ContextLost):
             raise
+        except UnsupportedHere as error:
+            self._skip(cell, error)
         except Exception as error:
             self._run.log.exception("tune %s", cell)
             self._outcome.failed += 1
             self._none(cell, "failed", reason_of(error), conditions)
-            free_memory(chosen)
+        else:
+            self._keep(cell, key, rows)
             return
-        self._keep(cell, key, rows)
+        free_memory(chosen)  # only now: the traceback held the buffers
 
     def _measure(self, cell: TuneCell, bench: Workbench, chosen: Backend, conditions: str) -> list[TuneRow]:
         """Check all, take a quick look if there are many, measure the leaders together."""
@@ -150,6 +152,10 @@ class _Tuner:
         self._store.put(Winner(*key, *made))
         self._outcome.ok += 1
         self._book.add(*failed, *valid[:-1], best)
+
+    def _skip(self, cell: TuneCell, reason: UnsupportedHere) -> None:
+        self._outcome.skipped += 1
+        self._none(cell, "skipped", str(reason), fingerprint(cell, reason))
 
     def _none(self, cell: TuneCell, status: Any, reason: str, conditions: str) -> None:
         """A cell without candidates."""
