@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from slidesparse.dtypes import DType
 from slidesparse.errors import SlideSparseError, UnsupportedHere
 from slidesparse.kernels import build, gemm_library, peak_library
+from slidesparse.kernels.cublaslt import CublasLt
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -36,6 +40,57 @@ def test_a_path_that_is_no_library_is_named(library: Path, tmp_path: Path) -> No
     wrong.write_text("not a library")
     with pytest.raises(SlideSparseError, match=str(wrong)):
         gemm_library.GemmLibrary(library, wrong, None)
+
+
+FAKE_CUBLASLT = """
+#include <stddef.h>
+#include <stdlib.h>
+int cublasLtCreate(void** made) { *made = &cublasLtCreate; return 0; }
+size_t cublasLtGetVersion(void) { return 130100; }
+const char* cublasLtGetStatusString(int status) { return status == 15 ? "not supported" : "broken"; }
+#define MAKE(name) int name(void** made) { *made = &cublasLtCreate; return 0; }
+MAKE(cublasLtMatmulDescCreate) MAKE(cublasLtMatrixLayoutCreate) MAKE(cublasLtMatmulPreferenceCreate)
+#define PASS(name) int name(void) { return 0; }
+PASS(cublasLtMatmulDescDestroy) PASS(cublasLtMatmulDescSetAttribute) PASS(cublasLtMatrixLayoutDestroy)
+PASS(cublasLtMatmulPreferenceDestroy) PASS(cublasLtMatmulPreferenceSetAttribute)
+PASS(cublasLtMatmulAlgoConfigGetAttribute) PASS(cublasLtMatmulAlgoCheck) PASS(cublasLtMatmul)
+int cublasLtMatmulAlgoGetHeuristic(void) { return atoi(getenv("FAKE_CUBLASLT_STATUS")); }
+"""
+"""Knows no algorithm, for the reason that an environment variable gives."""
+NOT_SUPPORTED, INTERNAL_ERROR = 15, 14
+
+
+@pytest.fixture
+def without_algorithms(
+    library: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> gemm_library.GemmLibrary:
+    folder = tmp_path_factory.getbasetemp() / "fake"  # one path: a process can use one build only
+    folder.mkdir(exist_ok=True)
+    built = folder / "libcublasLt.so.13"
+    if not built.exists():
+        (folder / "fake.c").write_text(FAKE_CUBLASLT)
+        subprocess.run(["cc", "-w", "-shared", "-fPIC", "-o", built, folder / "fake.c"], check=True)
+    loaded = gemm_library.GemmLibrary(library, built, None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gemm_library, "load", lambda: loaded)
+    CublasLt._listed.cache_clear()
+    return loaded
+
+
+@pytest.mark.usefixtures("without_algorithms")
+def test_a_gpu_that_fuses_no_scales_has_layers_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUBLASLT_STATUS", str(NOT_SUPPORTED))
+    assert CublasLt().scaled_algorithms(DType.FP8, 64, 128, 256, bias=True) == ()
+    with pytest.raises(UnsupportedHere, match=r"cuBLASLt MatmulAlgoGetHeuristic M=64 N=128 K=256 INT8.*not supported"):
+        CublasLt().algorithms(DType.INT8, 64, 128, 256)
+
+
+@pytest.mark.usefixtures("without_algorithms")
+def test_an_error_of_a_library_is_no_lack_of_support(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUBLASLT_STATUS", str(INTERNAL_ERROR))
+    with pytest.raises(SlideSparseError, match="broken") as caught:
+        CublasLt().scaled_algorithms(DType.FP8, 64, 128, 256, bias=True)
+    assert not isinstance(caught.value, UnsupportedHere)
 
 
 def touch_headers(folder: Path, names: tuple[str, ...]) -> None:

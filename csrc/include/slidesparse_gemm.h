@@ -1,9 +1,10 @@
 /* C interface of the GEMM libraries: cuBLASLt (dense) and cuSPARSELt (2:4 sparse weights).
  *
  * Everywhere out[m, n] = x[m, k] * w[n, k]^T, all row-major and dense in memory. Every function returns
- * 0, or -1 with a one-line text in ss_error(): library, call, shape, status. Nothing here allocates
- * device memory; workspaces and outputs belong to the caller. Plans are made at a problem's first use and
- * kept in a bounded cache; a call whose plan is cached may be captured in a CUDA graph.
+ * 0, or -1 with a one-line text in ss_error(): library, call, shape, status; -2 where the library says that it
+ * does not support this on this GPU. Nothing here allocates device memory; workspaces and outputs belong to the
+ * caller. Plans are made at a problem's first use and kept in a bounded cache; a call whose plan is cached may be
+ * captured in a CUDA graph.
  * All functions may be called from several threads.
  */
 #ifndef SLIDESPARSE_GEMM_H

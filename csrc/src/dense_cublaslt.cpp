@@ -31,7 +31,7 @@ class Plan {
     const auto scale_type = integer ? CUDA_R_32I : CUDA_R_32F;
     const auto compute = integer ? CUBLAS_COMPUTE_32I : CUBLAS_COMPUTE_32F;
     if (problem.epilogue != SS_PLAIN && problem.input != SS_FP8_E4M3)
-      throw Error("cuBLASLt fuses per-token and per-channel scales for FP8E4M3 only: " + describe(problem));
+      throw Unsupported("cuBLASLt fuses per-token and per-channel scales for FP8E4M3 only: " + describe(problem));
     lt_.check(lt_.MatmulDescCreate(&operation, compute, scale_type), "MatmulDescCreate", problem);
     set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
     set(CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);

@@ -31,12 +31,16 @@ void bind(void* library, const std::string& path, const std::string& name, Funct
 
 void CublasLt::check(cublasStatus_t status, const char* call, const ss_problem& problem) const {
   if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw Error(std::string("cuBLASLt ") + call + " " + describe(problem) + ": " + GetStatusString(status));
+  const std::string text = std::string("cuBLASLt ") + call + " " + describe(problem) + ": " + GetStatusString(status);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_ARCH_MISMATCH) throw Unsupported(text);
+  throw Error(text);
 }
 
 void CusparseLt::check(cusparseStatus_t status, const char* call, const ss_problem& problem) const {
   if (status == CUSPARSE_STATUS_SUCCESS) return;
-  throw Error(std::string("cuSPARSELt ") + call + " " + describe(problem) + ": " + GetErrorString(status));
+  const std::string text = std::string("cuSPARSELt ") + call + " " + describe(problem) + ": " + GetErrorString(status);
+  if (status == CUSPARSE_STATUS_NOT_SUPPORTED || status == CUSPARSE_STATUS_ARCH_MISMATCH) throw Unsupported(text);
+  throw Error(text);
 }
 
 cudaDataType_t cuda_type(int type) {

@@ -21,7 +21,7 @@ struct CublasLt {
 #define F(name) decltype(&::cublasLt##name) name = nullptr;
   SLIDESPARSE_CUBLASLT(F)
 #undef F
-  // Throws Error: library, call, problem, status text.
+  // Throws Error (Unsupported where that is what the status says): library, call, problem, status text.
   void check(cublasStatus_t status, const char* call, const ss_problem& problem) const;
 };
 

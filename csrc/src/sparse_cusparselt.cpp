@@ -59,7 +59,7 @@ class Matrix {
 class Plan {
  public:
   explicit Plan(const ss_problem& p) : problem_(p), lt_(cusparselt()) {
-    if (p.epilogue != SS_PLAIN) throw Error("cuSPARSELt fuses no per-token scales: " + describe(p));
+    if (p.epilogue != SS_PLAIN) throw Unsupported("cuSPARSELt fuses no per-token scales: " + describe(p));
     w.structured(p);
     x.dense(p, p.k, p.input);
     out.dense(p, p.n, p.output);

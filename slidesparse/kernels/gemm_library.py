@@ -32,6 +32,8 @@ TYPES = {
     torch.float32: 5,
 }
 PLAIN, SCALED, SCALED_BIAS = 0, 1, 2
+UNSUPPORTED = -2
+"""What a function returns where the library says that it does not support this here."""
 
 
 class _Problem(ctypes.Structure):
@@ -85,7 +87,10 @@ class Problem:
 
 
 class GemmLibrary:
-    """The loaded library. Use `load()`."""
+    """The loaded library. Use `load()`.
+
+    Methods raise SlideSparseError (UnsupportedHere where that is what the library says).
+    """
 
     def __init__(self, path: Path, cublaslt: Path | None, cusparselt: Path | None) -> None:
         self._c = ctypes.CDLL(str(path))
@@ -175,8 +180,9 @@ class GemmLibrary:
 
     def _call(self, name: str, *arguments: object) -> None:
         converted = [ctypes.byref(a._as_c()) if isinstance(a, Problem) else a for a in arguments]
-        if getattr(self._c, name)(*converted) != 0:
-            raise SlideSparseError(self._c.ss_error().decode())
+        code = getattr(self._c, name)(*converted)
+        if code != 0:
+            raise (UnsupportedHere if code == UNSUPPORTED else SlideSparseError)(self._c.ss_error().decode())
 
 
 @lru_cache(maxsize=1)
