@@ -185,6 +185,15 @@ class SpeedsDiffer(FakeClock):
         return seconds
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_ratio_decides_whichever_of_the_two_is_faster(order: int) -> None:
+    """A sparse GEMM slower than its dense twin, which is timed last: steady dense samples alone prove nothing."""
+    spread = noisy()
+    calls = [lambda: next(spread), lambda: 1e-3]
+    timed = measure_together(calls[::order], rule(), SpeedsDiffer(), 0)
+    assert [samples.stop for samples in timed] == ["sample cap"] * 2
+
+
 def test_drift_that_ruins_the_medians_leaves_the_paired_ratio() -> None:
     """A machine that slows down several times over while measuring: what was throttled in published tables."""
     first, second = measure_together(

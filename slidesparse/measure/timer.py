@@ -114,8 +114,8 @@ def measure(call: Call, stopping: Stopping, clock: Clock) -> Samples:
 def measure_together(calls: Sequence[Call], stopping: Stopping, clock: Clock, seed: int) -> list[Samples]:
     """Time prepared calls side by side, in random order in each round, so that drift hits all alike.
 
-    Sample i of each belongs to round i: `ratio` pairs them. Stops by `interval` when the median of the fastest call,
-    and the ratio of the last call to it, are narrow enough. `cap_s` is for all together.
+    Sample i of each belongs to round i: `ratio` pairs them. Stops by `interval` when the medians of the last call and
+    of the fastest other one, and their ratio, are narrow enough. `cap_s` is for all together.
     """
     order = random.Random(seed)
     values: list[list[float]] = [[] for _ in calls]
@@ -133,8 +133,11 @@ def measure_together(calls: Sequence[Call], stopping: Stopping, clock: Clock, se
     start = clock.now()
 
     def narrow() -> bool:
-        best = min(values, key=lambda own: statistics.percentile(own, 50))
-        widths = statistics.median_interval(best).rel, statistics.paired_ratio(values[-1], best).rel
+        *others, last = values
+        widths = [statistics.median_interval(last).rel]
+        if others:
+            best = min(others, key=lambda own: statistics.percentile(own, 50))
+            widths += [statistics.median_interval(best).rel, statistics.paired_ratio(last, best).rel]
         return max(widths) <= stopping.ci_rel
 
     stop: Stop | None = None
