@@ -85,6 +85,23 @@ def test_a_wrong_layer_fails_its_cells_and_leaves_no_number(tmp_path: Path, monk
     assert (frame["lat_us"] == -1).all()
 
 
+def test_a_layer_that_writes_nothing_finds_no_right_result_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch hands out what an equal layer before it has freed; a check has to see that nobody wrote."""
+    genuine = W8A8Linear.run
+
+    def run_nothing(self, tokens, choice):  # type: ignore[no-untyped-def]
+        right = genuine(self, tokens, choice)
+        left = torch.empty_like(right)
+        return left if left.isnan().all() else right
+
+    monkeypatch.setattr(W8A8Linear, "run", run_nothing)
+    run = run_in(tmp_path, dtypes=["INT8"])
+    assert linear_bench.run_task(run, task(run, "linear")).failed == 4
+    assert not torch.empty(4).isnan().all(), "afterwards all is as before"
+
+
 def test_missing_hardware_is_skipped_once_with_its_reason(tmp_path: Path) -> None:
     run = run_in(tmp_path, backends={"dense": ["cublaslt"], "sparse": ["cusparselt"]})
     for _ in range(2):

@@ -13,7 +13,7 @@ from small_runs import MODEL, small_run, task
 from slidesparse import records
 from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.errors import RecordError
-from slidesparse.kernels import cpu_dense, cpu_sparse
+from slidesparse.kernels import cpu_activations, cpu_dense, cpu_sparse
 from slidesparse.kernels.backend import Algorithm, Weight
 from slidesparse.pattern import Sparsity
 from slidesparse.rows import TuneRow
@@ -194,6 +194,32 @@ def test_a_fast_wrong_candidate_cannot_win(tmp_path: Path, monkeypatch: pytest.M
     assert not bad["winner"].any()
     winners = json.loads(run.tree.tuning_store.read_text())["winners"]
     assert "int_mm" not in {entry["algorithm"] for entry in winners}
+
+
+def test_activation_kernels_that_write_nothing_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They allocate their outputs: torch may hand them what an equal kernel left there. So checks poison memory."""
+    kernels = cpu_activations.CpuActivations
+    quantise, dequantise = kernels.quantise, kernels.dequantise_bias
+
+    def idle_at(algorithm: Algorithm) -> bool:
+        return algorithm.name == "torch" and bool(torch.empty(4).isnan().all())
+
+    def no_codes(self, x, *rest):  # type: ignore[no-untyped-def]
+        right = quantise(self, x, *rest)
+        return tuple(map(torch.empty_like, right)) if idle_at(rest[-1]) else right
+
+    def no_output(self, acc, *rest):  # type: ignore[no-untyped-def]
+        right = dequantise(self, acc, *rest)
+        return torch.empty_like(right) if idle_at(rest[-1]) else right
+
+    monkeypatch.setattr(kernels, "quantise", no_codes)
+    monkeypatch.setattr(kernels, "dequantise_bias", no_output)
+    run = small_run(tmp_path, dtypes=["INT8"])
+    assert search.run_task(run, task(run, "tune")).failed == 0
+    frame = table(run)
+    idle = frame[(frame["algorithm"] == "torch") & ~frame["operation"].str.endswith("gemm")]
+    assert len(idle) > 0
+    assert set(idle["verified"]) == {"failed"}
 
 
 def test_an_exception_fails_its_candidates_and_the_rest_goes_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,20 @@ def worst(checks: Iterable[Check]) -> Check:
 def poison(out: torch.Tensor) -> torch.Tensor:
     """Fill an output so that untouched elements fail every check."""
     return out.fill_(float("nan") if out.dtype.is_floating_point else POISON_INT32)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """For kernels that allocate their outputs: memory that torch hands out holds NaN, or the type's largest integer.
+
+    Else it holds what the kernel before left there, which is the right result if that one computed the same.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # it fills by default, and refuses nothing
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 def gamma(terms: int) -> float:

@@ -103,7 +103,8 @@ class Workbench:
                 return kernels.quantise(values, self._dtype, sparsity, algorithm)
 
             def check() -> Check:
-                got_codes, got_scale = call(x)
+                with verify.poisoned_memory():
+                    got_codes, got_scale = call(x)
                 same_codes = verify.check_same_codes(got_codes, codes, "reference codes")
                 return verify.worst((same_codes, verify.check_same(got_scale, scale, "reference scales")))
 
@@ -131,7 +132,9 @@ class Workbench:
                 return kernels.dequantise_bias(values, token, channel, bias, torch.bfloat16, algorithm)
 
             def check() -> Check:
-                return verify.check_same(call(acc), expected, "reference epilogue")
+                with verify.poisoned_memory():
+                    got = call(acc)
+                return verify.check_same(got, expected, "reference epilogue")
 
             path = f"{kernels.name} {algorithm.name}" + (f" ({algorithm.config})" if algorithm.config else "")
             return Candidate(algorithm, path, [partial(call, values) for values in inputs], check)
