@@ -55,8 +55,8 @@ class Recipe:
     def __init__(self, variant: Variant, dtype: DType, n: int, k: int, operand_k: int, store: LookUp | None) -> None:
         """k: columns before lifting; operand_k: columns of the packed weight (K' of a sparse backend)."""
         self.backend = backend(variant.backend)
-        self.variant, self.dtype, self.n, self.k = variant, dtype, n, k
-        self._operand_k, self._store = operand_k, store
+        self.variant, self.dtype, self.n, self.k, self.store = variant, dtype, n, k, store
+        self._operand_k = operand_k
 
     def choices(self, m: int, bias: bool) -> list[Choice]:
         """The tuned choice at M tokens; with the epilogue in a second kernel first, then fused where it can be."""
@@ -74,15 +74,30 @@ class Recipe:
         choice: Choice,
     ) -> torch.Tensor:
         """tokens [M, K] -> [M, N]. scale float32 [N, 1]; bias [N] in float32 and in bfloat16, or None."""
-        activations = self.backend.activations
-        codes, token_scale = activations.quantise(tokens, self.dtype, self.variant.sparsity, choice.quantise)
-        m = tokens.shape[0]
+        codes, token_scale = self.backend.activations.quantise(
+            tokens, self.dtype, self.variant.sparsity, choice.quantise
+        )
+        return self.multiply(codes, token_scale, weight, scale, bias, bias16, choice, tokens.dtype)
+
+    def multiply(
+        self,
+        codes: torch.Tensor,
+        token_scale: torch.Tensor,
+        weight: Weight,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        bias16: torch.Tensor | None,
+        choice: Choice,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> torch.Tensor:
+        """All but the first step: codes [M, K] (lifted [M, K'] if sparse), token_scale float32 [M, 1] -> [M, N]."""
+        m = codes.shape[0]
         if choice.scaled is not None:
-            y = torch.empty(m, self.n, dtype=torch.bfloat16, device=tokens.device)
+            y = torch.empty(m, self.n, dtype=torch.bfloat16, device=codes.device)
             return self.backend.gemm_scaled(codes, token_scale, weight, scale, bias16, choice.scaled, y)
-        acc = torch.empty(m, self.n, dtype=self.backend.output(self.dtype), device=tokens.device)
+        acc = torch.empty(m, self.n, dtype=self.backend.output(self.dtype), device=codes.device)
         self.backend.gemm(codes, weight, choice.gemm, acc)
-        return activations.dequantise_bias(acc, token_scale, scale, bias, tokens.dtype, choice.dequantise)
+        return self.backend.activations.dequantise_bias(acc, token_scale, scale, bias, out_dtype, choice.dequantise)
 
     def _choose(self, m: int) -> Choice:
         gemm: Operation = "sparse_gemm" if self.backend.sparse else "dense_gemm"
@@ -107,11 +122,11 @@ class Recipe:
     def _best(
         self, operation: Operation, family: str, size: tuple[int, int, int], candidates: tuple[Algorithm, ...]
     ) -> Algorithm:
-        if self._store is None:
+        if self.store is None:
             return candidates[0]
         sparsity = None if operation == "dequantise_bias" else self.variant.sparsity
         names = [candidate.name for candidate in candidates]
-        found = self._store.find(operation, family, self.dtype, sparsity, size, names)
+        found = self.store.find(operation, family, self.dtype, sparsity, size, names)
         return (named(candidates, found) if found else None) or candidates[0]
 
 

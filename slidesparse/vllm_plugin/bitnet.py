@@ -1,0 +1,133 @@
+"""BitNet b1.58 on vLLM's Llama: RMSNorms before o_proj and down_proj, a squared-ReLU gate, tied embeddings.
+
+    h += o_proj(attn_sub_norm(attention(norm(h))))
+    h += down_proj(ffn_sub_norm(relu(gate_proj(n))**2 * up_proj(n)))        n = norm(h)
+
+The model function of `transformers` (`BitNetForCausalLM`); the linears carry no bias, their weights are ternary codes
+with a scale, which is the business of the checkpoint's quantisation, not of this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.activation import ReLUSquaredActivation
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.utils import set_weight_attrs
+
+from slidesparse.errors import CheckpointError
+from slidesparse.vllm_plugin.linear_kernels import selection
+from slidesparse.vllm_plugin.model_paths import require_ours
+
+ACTIVATION = "relu2"
+
+
+class ShardedRMSNorm(nn.Module):
+    """RMSNorm of x [..., size / ranks], the columns of this rank: the mean of squares is over all ranks' columns.
+
+    y = weight * bf16(x / sqrt(sum(x**2 over ranks) / size + eps)), float32 inside, weight [size / ranks].
+    """
+
+    def __init__(self, size: int, eps: float, ranks: int) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size // ranks))
+        set_weight_attrs(self.weight, {"weight_loader": sharded_weight_loader(0)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        squares = tensor_model_parallel_all_reduce(wide.square().sum(dim=-1, keepdim=True))
+        return self.weight * (wide * torch.rsqrt(squares / self.size + self.eps)).to(x.dtype)
+
+
+def sub_norm(size: int, eps: float) -> nn.Module:
+    """RMSNorm of a row of `size` columns that tensor parallelism may have split (vLLM has no such norm)."""
+    ranks = get_tensor_model_parallel_world_size()
+    return RMSNorm(size, eps=eps) if ranks == 1 else ShardedRMSNorm(size, eps, ranks)
+
+
+class BitNetMLP(nn.Module):
+    """hidden [M, hidden] -> [M, hidden]."""
+
+    def __init__(self, config: Any, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden, [inner, inner], bias=False, quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(
+            inner, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"
+        )
+        self.act_fn = ReLUSquaredActivation()
+        self.ffn_sub_norm = sub_norm(inner, config.rms_norm_eps)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden)[0].chunk(2, dim=-1)
+        out: torch.Tensor = self.down_proj(self.ffn_sub_norm(self.act_fn(gate) * up))[0]
+        return out
+
+
+class BitNetAttention(LlamaAttention):
+    """Llama's attention with a norm between it and o_proj."""
+
+    def __init__(self, config: Any, hidden_size: int, num_heads: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, hidden_size, num_heads, *args, **kwargs)
+        self.attn_sub_norm = sub_norm(self.total_num_heads * self.head_dim, config.rms_norm_eps)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv_proj(hidden_states)[0]
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        out: torch.Tensor = self.o_proj(self.attn_sub_norm(self.attn(q, k, v)))[0]
+        return out
+
+
+class BitNetDecoderLayer(LlamaDecoderLayer):
+    """`forward` is Llama's; the parts are BitNet's."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
+        nn.Module.__init__(self)  # Llama's own would build an MLP, which refuses every activation but silu
+        config = config or vllm_config.model_config.hf_config
+        quant_config = self.get_quant_config(vllm_config)
+        bias = bool(getattr(config, "attention_bias", False))
+        self.hidden_size = config.hidden_size
+        self.self_attn = BitNetAttention(
+            config,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            quant_config=quant_config,
+            bias=bias,
+            bias_o_proj=bias,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.self_attn",
+        )
+        self.mlp = BitNetMLP(config, quant_config, f"{prefix}.mlp")
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class BitNetForCausalLM(LlamaForCausalLM):
+    """Weights as prepare and convert (layout plain) write them; loaded by Llama's loader."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        """Raises CheckpointError for another activation; SlideSparseError as `model_paths.require_ours` does."""
+        config = vllm_config.model_config
+        if config.hf_config.hidden_act != ACTIVATION:
+            raise CheckpointError(
+                f"{config.model}: hidden_act {config.hf_config.hidden_act!r}; BitNet has {ACTIVATION!r}, and a model "
+                f"relabelled as BitNet gives noise"
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BitNetDecoderLayer)
+        chosen = selection()
+        if chosen is not None and chosen.ours:
+            require_ours(self)

@@ -1,0 +1,30 @@
+"""The entry point `vllm.general_plugins`: vLLM calls it in every process, before it looks at the model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+
+from slidesparse.vllm_plugin.versions import unsupported
+
+ARCHITECTURE = "BitNetForCausalLM"
+"""As in `architectures` of the checkpoints that prepare writes (`checkpoint.families`)."""
+MODEL = "slidesparse.vllm_plugin.bitnet:BitNetForCausalLM"
+"""A name, so that nothing is imported until a BitNet is loaded."""
+
+
+def register() -> None:
+    """Add BitNet and our linear kernels to vLLM. Doing it again changes nothing.
+
+    With a vLLM of another series: one warning, and nothing is touched.
+    """
+    problem = unsupported(importlib.metadata.version("vllm"))
+    if problem is not None:
+        logging.getLogger("vllm.slidesparse").warning(problem)  # vLLM's own handler prints it
+        return
+    from vllm import ModelRegistry
+
+    from slidesparse.vllm_plugin import linear_kernels
+
+    ModelRegistry.register_model(ARCHITECTURE, MODEL)
+    linear_kernels.install()
