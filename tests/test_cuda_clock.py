@@ -92,6 +92,18 @@ def test_a_pool_is_not_used_again_once_its_graphs_are_gone(allocator: Allocator)
     assert captured(1)[0].pool.handle != first
 
 
+@pytest.mark.parametrize("l2_mib", [40, 50, 126])
+def test_the_smallest_kernels_of_a_plan_take_turns_beyond_the_cache(
+    l2_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantise at M = 64, K = 2560: half a megabyte a set, on A100, H200 and B200."""
+    properties = SimpleNamespace(L2_cache_size=l2_mib << 20)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    size = 64 * 2560 * 3
+    assert cuda_clock.sets_beyond_l2(size) * size >= 2 * properties.L2_cache_size
+
+
 def test_memory_of_dead_pools_is_given_back_before_it_is_missed(allocator: Allocator) -> None:
     captured(1)
     assert allocator.emptied == 0, "emptying takes time"

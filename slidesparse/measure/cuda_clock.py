@@ -16,6 +16,8 @@ from slidesparse.measure.timer import Call
 SAMPLE_S = 300e-6
 """A sample repeats its calls until it lasts about this long: events resolve half a microsecond."""
 MOST_LAUNCHES = 2000
+MOST_SETS = 1024
+"""Reached by sets below 0.1 MB on an L2 of 50 MB: smaller than any that a plan times."""
 HEAD_START_CYCLES = 60_000
 """The device idles this long (about 40 us) before each batch, so that the host has handed all of it over by then."""
 
@@ -124,7 +126,7 @@ def _capture(calls: Sequence[Call], repeats: int) -> Graph:
     return Graph(graph, repeats * len(calls), tuple(calls), pool)
 
 
-def sets_beyond_l2(bytes_per_set: int, most: int = 64) -> int:
+def sets_beyond_l2(bytes_per_set: int) -> int:
     """How many sets of buffers to take turns with, so that none is still in the L2 cache when its turn comes again."""
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return max(1, min(most, -(-2 * l2 // max(bytes_per_set, 1))))
+    return max(1, min(MOST_SETS, -(-2 * l2 // max(bytes_per_set, 1))))
