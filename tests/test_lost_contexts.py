@@ -10,7 +10,7 @@ from small_runs import MODEL, small_run, task
 from slidesparse import files, records, runner
 from slidesparse.dtypes import DType
 from slidesparse.errors import ContextLost, RecordError
-from slidesparse.kernels import cpu_dense, lost_contexts
+from slidesparse.kernels import cpu_dense, lost_contexts, operands
 from slidesparse.kernels.backend import Backend
 from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.measure import gemm_point, kernel_bench
@@ -69,6 +69,31 @@ def test_a_kernel_that_never_ends_counts_as_lost_and_is_not_waited_for(
     monkeypatch.setattr(lost_contexts, "_context_is_lost", lambda: pytest.fail("synchronising would wait for ever"))
     with pytest.raises(ContextLost, match="no end"):
         crash(tmp_path / "lost.json", TimeoutError("no end after 20 s"))
+
+
+def test_an_algorithm_answers_for_its_own_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the reference's, in float64: a GPU with few such units takes longer for it than the limit."""
+    order: list[str] = []
+
+    def note(module: object, name: str) -> None:
+        genuine = getattr(module, name)
+
+        def noted(*arguments: object, **options: object) -> object:
+            order.append(name)
+            return genuine(*arguments, **options)
+
+        monkeypatch.setattr(module, name, noted)
+
+    side = cpu_dense.CpuDense()
+    plain = operands.random_weight(8, 32, DType.INT8, None, 1)
+    weight = gemm_point.LayerWeight.pack(plain, "random", DType.INT8, None, side, "layer")
+    point = gemm_point.GemmPoint(side, weight, gemm_point.Product(plain, DType.INT8, 4, 2), None)
+    note(gemm_point.Product, "expected")
+    note(cpu_dense.CpuDense, "gemm")
+    note(lost_contexts, "settle")
+    note(lost_contexts, "wait")
+    assert point.check(point.algorithms()[0]).ok
+    assert order == ["expected", "settle", "gemm", "wait"]
 
 
 def test_a_broken_list_is_named(tmp_path: Path) -> None:

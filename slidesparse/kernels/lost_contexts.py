@@ -62,8 +62,17 @@ class LostContexts:
             ) from None
 
 
+def settle(side: Backend) -> None:
+    """Wait, however long, for what was launched: a reference in float64 takes most GPUs longer than `HUNG_S`."""
+    if side.device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def wait(side: Backend, seconds: float = HUNG_S) -> None:
-    """Wait for what was launched. Raises TimeoutError where it does not end: such a kernel cannot be stopped."""
+    """Wait for what was launched since `settle`. Raises TimeoutError where it does not end: such a kernel cannot be
+    stopped."""
     if side.device != "cuda":
         return
     import torch

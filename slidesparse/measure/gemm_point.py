@@ -129,6 +129,7 @@ class GemmPoint:
         """
         x, packed, out = self._sets[0]
         expected = self._product.expected(self.side, packed.k)
+        lost_contexts.settle(self.side)
         self.side.gemm(x, packed, algorithm, verify.poison(out))
         lost_contexts.wait(self.side)
         if figures or not expected.holds(out):
