@@ -69,6 +69,14 @@ def test_a_second_run_does_nothing_and_a_new_winner_measures_again(tmp_path: Pat
     assert linear_bench.run_task(run, task(run, "linear")).done_before == 0
 
 
+def test_another_reference_pipeline_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is beside it."""
+    run = run_in(tmp_path, dtypes=["INT8"])
+    linear_bench.run_task(run, task(run, "linear"))
+    monkeypatch.setattr(linear_bench, "source_hash", lambda module: f"other {module}")
+    assert linear_bench.run_task(run, task(run, "linear")).done_before == 0
+
+
 def test_a_wrong_layer_fails_its_cells_and_leaves_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = cpu_activations.CpuActivations.dequantise_bias
 
