@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 
 from slidesparse.config import Stopping
+from slidesparse.machine import Gpu, detect
 from slidesparse.measure import statistics
 from slidesparse.measure.statistics import Interval
-from slidesparse.measure.telemetry import CpuProbe, GpuProbe, Sample, Telemetry
+from slidesparse.measure.telemetry import CpuProbe, GpuProbe, Sample, Telemetry, probe
 from slidesparse.measure.timer import Call, WallClock, collect, leading, measure, measure_together, ratio
 
 
@@ -276,6 +279,20 @@ def test_gpu_telemetry_names_throttle_reasons() -> None:
 
 def test_what_the_driver_does_not_tell_is_minus_one() -> None:
     assert GpuProbe(fake_nvml(True), object()).read().power_w == -1
+
+
+def test_a_gpu_without_nvml_is_measured_without_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = fake_nvml(False)
+
+    def no_library() -> None:
+        raise FakeNvmlError
+
+    nvml.nvmlInit = no_library
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    gpu = Gpu("GB10", (12, 1), 1 << 37, "580")
+    with Telemetry(probe(replace(detect(), gpu=gpu))) as watch:
+        pass
+    assert watch.columns() == {"clock_mhz": -1, "power_w": -1, "temperature_c": -1, "throttle": ""}
 
 
 def test_a_long_block_is_sampled_throughout() -> None:

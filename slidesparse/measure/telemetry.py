@@ -61,6 +61,13 @@ class CpuProbe:
         return Sample(clock_mhz=float(frequency.current) if frequency and frequency.current else UNMEASURED)
 
 
+class NoProbe:
+    """Of a device that cannot be asked."""
+
+    def read(self) -> Sample:
+        return Sample()
+
+
 class GpuProbe:
     """The GPU that torch uses, by NVML."""
 
@@ -86,15 +93,19 @@ class GpuProbe:
 
 
 def probe(machine: Machine) -> Probe:
-    """The probe of the device that is measured: torch's GPU 0, or the CPU."""
+    """The probe of the device that is measured: torch's GPU 0, or the CPU; one that knows nothing where the driver does
+    not answer (a container without NVML, a part of a GPU)."""
     if machine.gpu is None:
         return CpuProbe()
     import pynvml
     import torch
 
-    pynvml.nvmlInit()
-    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    return GpuProbe(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid.encode()))
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        return GpuProbe(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid.encode()))
+    except pynvml.NVMLError:
+        return NoProbe()
 
 
 @dataclass
