@@ -42,6 +42,22 @@ def test_a_path_that_is_no_library_is_named(library: Path, tmp_path: Path) -> No
         gemm_library.GemmLibrary(library, wrong, None)
 
 
+def test_a_library_that_cannot_be_loaded_stops_only_what_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built for another architecture: converting a checkpoint has no use for it."""
+    path = tmp_path / gemm_library.LIBRARY
+    path.write_text("another machine's")
+    load = gemm_library.load.__wrapped__
+    monkeypatch.setattr(gemm_library, "load", lambda: load(tmp_path))
+    monkeypatch.setattr(gemm_library, "cublaslt_path", lambda: None)
+    monkeypatch.setattr(gemm_library, "cusparselt_path", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SlideSparseError, match=rf"{path}.*run `python -m slidesparse.kernels.build`"):
+        gemm_library.load()
+    assert gemm_library.loaded_versions() == {}
+
+
 FAKE_CUBLASLT = """
 #include <stddef.h>
 #include <stdlib.h>

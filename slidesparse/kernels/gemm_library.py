@@ -93,7 +93,10 @@ class GemmLibrary:
     """
 
     def __init__(self, path: Path, cublaslt: Path | None, cusparselt: Path | None) -> None:
-        self._c = ctypes.CDLL(str(path))
+        try:
+            self._c = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise SlideSparseError(f"{error}; run `python -m slidesparse.kernels.build` on this machine") from None
         self._c.ss_error.restype = ctypes.c_char_p
         self._c.ss_cublaslt_version.restype = ctypes.c_size_t
         found = self._c.ss_abi_version()
@@ -199,12 +202,13 @@ def load(folder: Path | None = None) -> GemmLibrary:
 
 
 def loaded_versions() -> dict[str, str]:
-    """What the libraries say of themselves, once loaded; empty where there is no GPU or they are not to be had."""
+    """What the libraries say of themselves, once loaded; empty where there is no GPU or they are not to be had: a cell
+    that needs them will say why."""
     if not torch.cuda.is_available():
         return {}
     try:
         versions = load().versions()
-    except UnsupportedHere:
+    except SlideSparseError:
         return {}
     found = {}
     if "cublaslt" in versions:  # cublasLt.h: major * 10000 + minor * 100 + patch
