@@ -83,12 +83,17 @@ class CusparseLt(Backend):
     @lru_cache(maxsize=4096)
     def _listed(problem: Problem) -> dict[str, GemmAlgorithm]:
         found = gemm_library.load().sparse_algorithms(problem)
-        return {f"{algorithm.alg_id}.s{algorithm.split_k}": algorithm for algorithm in found}
+        return {algorithm_name(algorithm): algorithm for algorithm in found}
+
+
+def algorithm_name(found: GemmAlgorithm) -> str:
+    """Number and split-K."""
+    return f"{found.alg_id}.s{found.split_k}"
 
 
 def _described(found: GemmAlgorithm) -> Algorithm:
     split = "segment-K" if found.split_k == -1 else f"split-K {found.split_k}"
-    return Algorithm(found.alg_id, f"{found.alg_id}.s{found.split_k}", split, found.split_k, found.workspace)
+    return Algorithm(found.alg_id, algorithm_name(found), split, found.split_k, found.workspace)
 
 
 def _require_two_of_four(codes: torch.Tensor, layer: str) -> None:

@@ -168,7 +168,7 @@ class _Variant:
         if side.device == "cuda":  # the yardstick is a GPU's
             from slidesparse.measure.reference_block import ReferenceBlock
 
-            yardstick = ReferenceBlock(mine, clock)
+            yardstick = ReferenceBlock(mine, clock, self._losses.barred(side, self._dtype))
             reference_path = yardstick.path()
             calls.append(clock.prepare(yardstick.calls()))
         calls.append(clock.prepare(mine.calls(ours)))

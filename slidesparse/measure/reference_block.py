@@ -17,6 +17,7 @@ import torch
 from slidesparse.errors import UnsupportedHere
 from slidesparse.kernels import gemm_library, gemm_ops
 from slidesparse.kernels import reference_pipeline as pipeline
+from slidesparse.kernels.cusparselt import algorithm_name
 from slidesparse.kernels.gemm_library import GemmAlgorithm, Problem
 from slidesparse.kernels.reference_pipeline import DequantiseLaunch, QuantiseLaunch
 from slidesparse.measure.linear_block import Block, Part
@@ -58,13 +59,16 @@ class _Layer:
 class ReferenceBlock:
     """Their pipeline over all sets of buffers of a block. Raises UnsupportedHere where cuSPARSELt lacks a GEMM."""
 
-    def __init__(self, block: Block, clock: Clock) -> None:
+    def __init__(self, block: Block, clock: Clock, barred: frozenset[str]) -> None:
+        """barred: algorithms of the sparse GEMM that crash the GPU's context (`LostContexts`)."""
         self._sets = [[_Layer(part, _bias(part)) for part in parts] for parts in block.sets]
         self._quantise = _best([(launch, self._quantisers(launch)) for launch in pipeline.QUANTISE_LAUNCHES], clock)
         ready = [[layer.quantise(self._quantise) for layer in layers] for layers in self._sets]
         self._algorithms = [
             self._fastest(
-                [(layers[place], own[place][0]) for layers, own in zip(self._sets, ready, strict=True)], clock
+                [(layers[place], own[place][0]) for layers, own in zip(self._sets, ready, strict=True)],
+                clock,
+                barred,
             )
             for place in range(len(self._sets[0]))
         ]
@@ -86,7 +90,7 @@ class ReferenceBlock:
 
     def path(self) -> str:
         """What runs."""
-        names = ", ".join(f"{found.alg_id}.s{found.split_k}" for found in self._algorithms)
+        names = ", ".join(map(algorithm_name, self._algorithms))
         return (
             f"reference structure: quantise + slide ({self._quantise}) > cusparselt {names} to bf16 > "
             f"dequantise + bias ({self._dequantise})"
@@ -112,10 +116,11 @@ class ReferenceBlock:
         ]
 
     @staticmethod
-    def _fastest(buffers: Sequence[tuple[_Layer, torch.Tensor]], clock: Clock) -> GemmAlgorithm:
+    def _fastest(buffers: Sequence[tuple[_Layer, torch.Tensor]], clock: Clock, barred: frozenset[str]) -> GemmAlgorithm:
         """The algorithm of one layer, by a quick look on all sets of buffers."""
         problem = buffers[0][0].problem
-        found = gemm_library.load().sparse_algorithms(problem)
+        offered = gemm_library.load().sparse_algorithms(problem)
+        found = [one for one in offered if algorithm_name(one) not in barred]
         if not found:
             raise UnsupportedHere(f"cusparselt has no algorithm for {problem}, which the reference pipeline needs")
         room = [(layer, codes, layer.accumulator()) for layer, codes in buffers]
