@@ -25,9 +25,8 @@ def quantise_lift(
     x: torch.Tensor, dtype: DType, sparsity: Sparsity | None, launch: Launch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`triton_activations.quantise_lift` as one operator of a graph."""
-    length = DENSE if sparsity is None else sparsity.l or INFINITE
     result: tuple[torch.Tensor, torch.Tensor] = quantise_lift_op(
-        x, length, dtype is DType.FP8, launch.words, launch.warps
+        x, *numbers(dtype, sparsity), launch.words, launch.warps
     )
     return result
 
@@ -46,7 +45,13 @@ def dequantise_bias(
     return result
 
 
-def _meaning(length: int, fp8: bool) -> tuple[DType, Sparsity | None]:
+def numbers(dtype: DType, sparsity: Sparsity | None) -> tuple[int, bool]:
+    """`length` and `fp8` of an operator."""
+    return DENSE if sparsity is None else sparsity.l or INFINITE, dtype is DType.FP8
+
+
+def meaning(length: int, fp8: bool) -> tuple[DType, Sparsity | None]:
+    """What `numbers` were made of."""
     sparsity = None if length == DENSE else Sparsity(None if length == INFINITE else length)
     return DType.FP8 if fp8 else DType.INT8, sparsity
 
@@ -60,7 +65,7 @@ def quantise_lift_op(
     warps: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x bfloat16 [M, K] -> codes [M, K'], scale float32 [M, 1]."""
-    dtype, sparsity = _meaning(length, fp8)
+    dtype, sparsity = meaning(length, fp8)
     return triton_activations.quantise_lift(x, dtype, sparsity, Launch(words, warps))
 
 
@@ -86,7 +91,7 @@ def _(
     words: int,
     warps: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype, sparsity = _meaning(length, fp8)
+    dtype, sparsity = meaning(length, fp8)
     # K is the layer's, a plain number; M may be a symbol.
     width = triton_activations.lifted_width(int(x.shape[1]), dtype, sparsity)
     return x.new_empty((x.shape[0], width), dtype=dtype.torch), x.new_empty((x.shape[0], 1), dtype=torch.float32)
