@@ -18,6 +18,7 @@ from slidesparse.kernels.backend import Backend, backend
 from slidesparse.kernels.linear import W8A8Linear
 from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.machine import detect
+from slidesparse.measure import telemetry
 from slidesparse.measure.gemm_point import GemmPoint, LayerWeight, Product, rank
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Variant
@@ -163,11 +164,11 @@ def test_a_point_is_ranked_and_still_right_afterwards() -> None:
     one = point("cusparselt", DType.INT8, Sparsity(8), 64, 512, 512)
     from slidesparse.measure.cuda_clock import CudaClock
 
-    ranked, _, count = rank(one, QUICK, CudaClock(), 0, LostContexts(None, [], {}))
-    assert count >= len(ranked) > 1
-    medians = [entry.samples.interval.median for entry in ranked]
+    ranking = rank(one, QUICK, CudaClock(), 0, LostContexts(None, [], {}), telemetry.probe(detect()))
+    assert ranking.checked >= len(ranking.leaders) > 1
+    medians = [entry.samples.interval.median for entry in ranking.leaders]
     assert medians == sorted(medians)
-    assert one.check(ranked[0].algorithm).verified == "exact"
+    assert one.check(ranking.leaders[0].algorithm).verified == "exact"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from small_runs import MODEL, QUICK, small_run, task
 
 from slidesparse import records
 from slidesparse.dtypes import QUANTISED, DType
+from slidesparse.errors import VerificationError
 from slidesparse.kernels import cpu_activations, operands
 from slidesparse.kernels.linear import W8A8Linear
 from slidesparse.measure import kernel_bench, linear_bench
@@ -117,6 +118,16 @@ def test_missing_hardware_is_skipped_once_with_its_reason(tmp_path: Path) -> Non
         assert (outcome.skipped, outcome.status) == (8, "skipped")
     assert len(table(run)) == 4
     assert table(run)["reason"].str.contains("needs an NVIDIA GPU").all()
+
+
+def test_a_yardstick_that_computes_something_else_is_caught() -> None:
+    """It is the best of many algorithms by a quick look: a wrong one would be fast."""
+    y = [torch.randn(8, 8, generator=torch.Generator().manual_seed(place)) for place in range(2)]
+    linear_bench._compare([y[0] * 1.01, y[1]], y)
+    with pytest.raises(VerificationError, match=r"reference pipeline, linear 1: relative L2 error 0\.2"):
+        linear_bench._compare([y[0], y[1] * 1.2], y)
+    with pytest.raises(VerificationError, match="linear 0"):
+        linear_bench._compare([y[0] * float("nan"), y[1]], y)
 
 
 def test_sets_of_buffers_hold_the_same_numbers_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

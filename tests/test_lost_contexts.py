@@ -9,7 +9,7 @@ from small_runs import MODEL, small_run, task
 
 from slidesparse import files, records, runner
 from slidesparse.dtypes import DType
-from slidesparse.errors import ContextLost, RecordError
+from slidesparse.errors import ContextLost, RecordError, SlideSparseError
 from slidesparse.kernels import cpu_dense, lost_contexts, operands
 from slidesparse.kernels.backend import Backend
 from slidesparse.kernels.lost_contexts import LostContexts
@@ -94,6 +94,28 @@ def test_an_algorithm_answers_for_its_own_time_only(monkeypatch: pytest.MonkeyPa
     note(lost_contexts, "wait")
     assert point.check(point.algorithms()[0]).ok
     assert order == ["expected", "settle", "gemm", "wait"]
+
+
+def test_what_crashes_outside_a_check_bars_the_cell_and_no_algorithm(tmp_path: Path, lost: None) -> None:
+    """Timing, or a kernel around the GEMM: an algorithm that was checked last is innocent, and the cell would loop."""
+    path = tmp_path / "lost.json"
+    with pytest.raises(ContextLost), LostContexts.open(path, VERSIONS).cell(Gpu(), DType.INT8, "qkv M=64"):
+        raise RuntimeError("illegal address")
+    again = LostContexts.open(path, VERSIONS)
+    assert again.barred(Gpu(), DType.INT8) == {"qkv M=64"}
+    refused = pytest.raises(SlideSparseError, match="crashed the GPU context in an earlier run")
+    with refused, again.cell(Gpu(), DType.INT8, "qkv M=64"):
+        pytest.fail("ran again")
+
+
+def test_an_algorithm_that_crashes_bars_itself_not_its_cell(tmp_path: Path, lost: None) -> None:
+    losses = LostContexts.open(tmp_path / "lost.json", VERSIONS)
+    cell, algorithm = (
+        way(Gpu(), DType.INT8, name) for way, name in ((losses.cell, "qkv M=64"), (losses.guard, "36.s1"))
+    )
+    with pytest.raises(ContextLost), cell, algorithm:
+        raise RuntimeError("illegal instruction")
+    assert losses.barred(Gpu(), DType.INT8) == {"36.s1"}
 
 
 def test_a_broken_list_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from slidesparse import files
 from slidesparse.dtypes import DType
-from slidesparse.errors import ContextLost, RecordError
+from slidesparse.errors import ContextLost, RecordError, SlideSparseError
 from slidesparse.kernels.backend import Backend
 
 HUNG_S = 20.0
@@ -49,6 +49,8 @@ class LostContexts:
         """Runs of one algorithm. Raises ContextLost, after writing it down, when an error takes the context with it."""
         try:
             yield
+        except ContextLost:
+            raise
         except Exception as error:
             if side.device != "cuda" or not (isinstance(error, TimeoutError) or _context_is_lost()):
                 raise
@@ -60,6 +62,17 @@ class LostContexts:
             raise ContextLost(
                 f"{side.name} {dtype.value} algorithm {algorithm} crashed the GPU context: {text}"
             ) from None
+
+    @contextmanager
+    def cell(self, side: Backend, dtype: DType, cell: str) -> Iterator[None]:
+        """A whole cell: what crashes outside a check (timing, kernels around the GEMM) bars the cell, no algorithm.
+
+        Raises SlideSparseError when the cell has crashed the context before: running it again would do so again.
+        """
+        if cell in self.barred(side, dtype):
+            raise SlideSparseError("crashed the GPU context in an earlier run with these library versions")
+        with self.guard(side, dtype, cell):
+            yield
 
 
 def settle(side: Backend) -> None:

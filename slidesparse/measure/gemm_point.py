@@ -6,9 +6,10 @@ of which the sparse operands are the lifted form. So one reference checks both, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from slidesparse.kernels.backend import Algorithm, Backend, Weight
 from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.kernels.verify import Check, Expected
 from slidesparse.measure.clocks import buffer_sets
+from slidesparse.measure.telemetry import TELEMETRY_PERIOD_S, Probe, measured_unthrottled
 from slidesparse.measure.timer import Call, Clock, Samples, leading, measure_together
 from slidesparse.pattern import Sparsity
 
@@ -175,16 +177,31 @@ class GemmPoint:
         return good, refused
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """What `rank` found."""
+
+    leaders: list[Ranked]
+    """Fastest first."""
+    rivals: list[Samples]
+    """Of the calls of the other side, in their order."""
+    checked: int
+    """Algorithms that passed their check."""
+    telemetry: dict[str, Any]
+    """Columns of what the device did while the leaders were timed."""
+
+
 def rank(
     point: GemmPoint,
     stopping: Stopping,
     clock: Clock,
     seed: int,
     losses: LostContexts,
-    against: Call | None = None,
-) -> tuple[list[Ranked], Samples | None, int]:
-    """Check all, measure the leaders together: fastest first; samples of the prepared call `against`, taken in the
-    same rounds; and how many passed the check.
+    probe: Probe,
+    rivals: Sequence[Call] = (),
+) -> Ranking:
+    """Check all algorithms, then measure the leaders together with the prepared calls `rivals`, the best known of them
+    last.
 
     Raises:
         VerificationError: an algorithm gives a wrong product.
@@ -196,10 +213,12 @@ def rank(
         why = "; ".join(dict.fromkeys(refused.values())) or "none offered"
         raise UnsupportedHere(f"{point.side.name}: no algorithm supports this size ({why})")
     chosen = [candidates[place] for place in leading([candidate.calls for candidate in candidates], clock)]
-    calls = [clock.prepare(candidate.calls) for candidate in chosen]
-    timed = measure_together([*calls, against] if against else calls, stopping, clock, seed)
-    ranked = [
+    calls = [*(clock.prepare(candidate.calls) for candidate in chosen), *rivals]
+    timed, watched = measured_unthrottled(
+        probe, lambda: measure_together(calls, stopping, clock, seed), TELEMETRY_PERIOD_S
+    )
+    leaders = [
         Ranked(candidate.algorithm, candidate.check, samples) for candidate, samples in zip(chosen, timed, strict=False)
     ]
-    ranked.sort(key=lambda entry: entry.samples.interval.median)
-    return ranked, timed[-1] if against else None, len(candidates)
+    leaders.sort(key=lambda entry: entry.samples.interval.median)
+    return Ranking(leaders, timed[len(chosen) :], len(candidates), watched)

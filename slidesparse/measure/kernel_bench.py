@@ -23,13 +23,15 @@ from slidesparse.measure import telemetry
 from slidesparse.measure.book import RowBook, reason_of
 from slidesparse.measure.clocks import clock_of, free_memory
 from slidesparse.measure.gemm_point import GemmPoint, LayerWeight, Product, Ranked, rank
-from slidesparse.measure.telemetry import measured_unthrottled
-from slidesparse.measure.timer import Call, Clock, ratio
+from slidesparse.measure.timer import Call, leading, ratio
 from slidesparse.plan import SQUARE, KernelCell, Task, Variant, fingerprint
 from slidesparse.progress import Bar, track
 from slidesparse.rows import BEST, KernelDenseRow, KernelRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.store import kernel_versions
+
+DENSE_LEADERS = 2
+"""Dense algorithms that are timed beside the sparse leaders, the winner of task 6 among them or one more."""
 
 
 def run_task(run: Run, task: Task) -> Outcome:
@@ -44,10 +46,9 @@ def run_task(run: Run, task: Task) -> Outcome:
     """
     outcome = Outcome()
     cells = [cell for cell in task.cells if isinstance(cell, KernelCell)]
-    twins: dict[tuple[str, DType, str, int], Algorithm] = {}
     with track(task.title, len(cells), run.quiet) as bar:
         for (model, dtype, variant), group in groupby(cells, key=lambda cell: (cell.model, cell.dtype, cell.variant)):
-            _Table(run, model, dtype, variant, list(group), outcome, twins).measure(bar)
+            _Table(run, model, dtype, variant, list(group), outcome).measure(bar)
     return outcome
 
 
@@ -62,10 +63,9 @@ class _Table:
         variant: Variant,
         cells: list[KernelCell],
         outcome: Outcome,
-        twins: dict[tuple[str, DType, str, int], Algorithm],
     ) -> None:
         self._run, self._model, self._dtype, self._variant, self._cells = run, model, dtype, variant, cells
-        self._outcome, self._twins = outcome, twins
+        self._outcome = outcome
         self._probe = telemetry.probe(run.machine)
         self._stopping: Stopping = run.plan.profile.kernel.stopping
         self._seed = run.plan.profile.seed
@@ -107,7 +107,8 @@ class _Table:
                 self._outcome.ok += 1
                 self._outcome.done_before += 1
                 return
-            columns |= self._point(cell, side)
+            with self._losses.cell(side, cell.dtype, str(cell)):
+                columns |= self._point(cell, side)
             row = self._row(**(columns | self._run.stamp()))
             self._outcome.ok += 1
         except (DiskError, ContextLost):
@@ -140,20 +141,20 @@ class _Table:
         weight = self._weight(cell, side)
         product = Product(weight.plain, cell.dtype, cell.m, self._seed)
         point = GemmPoint(side, weight, product, sparsity)
-        twin = None if sparsity is None else self._twin(cell, product, weight)
-        clock = clock_of(side)
-        other = None if twin is None else twin[1]
-        (ranked, against, count), watched = measured_unthrottled(
-            self._probe, lambda: rank(point, self._stopping, clock, self._seed, self._losses, other)
+        twins = [] if sparsity is None else self._twins_of(cell, product, weight)
+        ranking = rank(
+            point, self._stopping, clock_of(side), self._seed, self._losses, self._probe, [call for _, call in twins]
         )
-        best = ranked[0]
+        best = ranking.leaders[0]
         check = _good(side, best.algorithm, point.check(best.algorithm))  # once more, after it was timed
         columns: dict[str, Any] = {}
-        if sparsity is not None and twin is not None and against is not None:
-            speedup = ratio(against, best.samples)
+        if sparsity is not None:
+            place = min(range(len(twins)), key=lambda place: ranking.rivals[place].interval.median)
+            dense = ranking.rivals[place]
+            speedup = ratio(dense, best.samples)
             columns = {
-                "dense_us": against.interval.median * 1e6,
-                "dense_path": twin[0],
+                "dense_us": dense.interval.median * 1e6,
+                "dense_path": twins[place][0],
                 "speedup": speedup.median,
                 "speedup_low": speedup.low,
                 "speedup_high": speedup.high,
@@ -161,35 +162,35 @@ class _Table:
             }
         return {
             **columns,
-            **_best_columns(ranked, 2.0 * cell.m * cell.n * weight.packed.k),
+            **_best_columns(ranking.leaders, 2.0 * cell.m * cell.n * weight.packed.k),
             **best.samples.columns(1e6),
-            **watched,
-            "alg_count": count,
+            **ranking.telemetry,
+            "alg_count": ranking.checked,
             "algorithm": best.algorithm.name,
             "path": side.path(cell.dtype, best.algorithm),
             "data": weight.data,
             "verified": check.verified,
-            "check": f"all {count} algorithms; the best: {check.text}",
+            "check": f"all {ranking.checked} algorithms; the best: {check.text}",
         }
 
-    def _twin(self, cell: KernelCell, product: Product, weight: LayerWeight) -> tuple[str, Call]:
-        """Path and prepared call of the best dense algorithm on the same product, checked."""
+    def _twins_of(self, cell: KernelCell, product: Product, weight: LayerWeight) -> list[tuple[str, Call]]:
+        """Paths and prepared calls of the leading dense algorithms on the same product, checked; the winner of task 6
+        last."""
         dense = backend(self._run.plan.profile.backends.dense[0])
         dense.require(self._run.machine, cell.dtype)
         key = (dense.name, cell.layer, cell.n, cell.k)
         if key not in self._weights:
             self._weights[key] = LayerWeight.pack(weight.plain, weight.data, cell.dtype, None, dense, cell.layer)
         point = GemmPoint(dense, self._weights[key], product, None)
-        place = (cell.model, cell.dtype, cell.layer, cell.m)
         clock = clock_of(dense)
-        if place not in self._twins:
-            self._twins[place] = self._of_task_6(cell, dense, point) or self._fastest(point, clock)
-        algorithm = self._twins[place]
-        _good(dense, algorithm, point.check(algorithm))
-        return dense.path(cell.dtype, algorithm), clock.prepare(point.calls(algorithm))
-
-    def _fastest(self, point: GemmPoint, clock: Clock) -> Algorithm:
-        return rank(point, self._stopping, clock, self._seed, self._losses)[0][0].algorithm
+        candidates, _ = point.candidates(self._losses)
+        known = self._of_task_6(cell, dense, point)
+        places = leading([candidate.calls for candidate in candidates], clock, DENSE_LEADERS)
+        chosen = {candidates[place].algorithm.name: candidates[place].algorithm for place in reversed(places)}
+        if known is not None:
+            chosen.pop(known.name, None)
+            chosen[known.name] = known
+        return [(dense.path(cell.dtype, one), clock.prepare(point.calls(one))) for one in chosen.values()]
 
     def _of_task_6(self, cell: KernelCell, dense: Backend, point: GemmPoint) -> Algorithm | None:
         """The winner of the same point in the dense task, if its row is there and made with the same libraries."""

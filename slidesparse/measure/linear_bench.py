@@ -28,14 +28,16 @@ from slidesparse.measure import telemetry
 from slidesparse.measure.book import RowBook, reason_of
 from slidesparse.measure.clocks import clock_of, free_memory
 from slidesparse.measure.linear_block import Block
-from slidesparse.measure.telemetry import measured_unthrottled
-from slidesparse.measure.timer import Samples, measure_together, ratio
+from slidesparse.measure.telemetry import TELEMETRY_PERIOD_S, measured_unthrottled
+from slidesparse.measure.timer import Call, Clock, Samples, measure_together, ratio
 from slidesparse.plan import LinearCell, Operation, Task, Variant, fingerprint
 from slidesparse.progress import Bar, track
 from slidesparse.rows import LinearRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.store import TuningStore, kernel_versions
 
+YARDSTICK_ERROR = 0.03
+"""Relative L2 distance of the reference pipeline from ours: codes one step off at ties, sums rounded to bf16."""
 CHECKED_ROWS = 256
 """Tokens of a batch whose outputs are compared with the reference: spread over it, first and last among them."""
 
@@ -107,7 +109,8 @@ class _Variant:
                     self._outcome.done_before += 1
                     bar.advance(note=str(cell))
                     continue
-                columns |= self._cell(cell, source, dense)
+                with self._losses.cell(backend(self._variant.backend), self._dtype, str(cell)):
+                    columns |= self._cell(cell, source, dense)
                 row = LinearRow(**columns, **self._run.stamp())
                 self._outcome.ok += 1
             except (DiskError, ContextLost):
@@ -164,16 +167,12 @@ class _Variant:
             for linear, layer, x, choice in zip(linears, layers, tokens, path, strict=True)
         ]
         calls = [clock.prepare(other.calls(rival)) for rival in rivals]
-        reference_path = ""
-        if side.device == "cuda":  # the yardstick is a GPU's
-            from slidesparse.measure.reference_block import ReferenceBlock
-
-            yardstick = ReferenceBlock(mine, clock, self._losses.barred(side, self._dtype))
-            reference_path = yardstick.path()
-            calls.append(clock.prepare(yardstick.calls()))
+        reference_calls, reference_path = self._yardstick(mine, ours, clock)
+        if reference_calls:
+            calls.append(clock.prepare(reference_calls))
         calls.append(clock.prepare(mine.calls(ours)))
         timed, watched = measured_unthrottled(
-            self._probe, lambda: measure_together(calls, self._stopping, clock, self._seed)
+            self._probe, lambda: measure_together(calls, self._stopping, clock, self._seed), TELEMETRY_PERIOD_S
         )
         best = min(range(len(rivals)), key=lambda place: timed[place].interval.median)
         speedup = ratio(timed[best], timed[-1])
@@ -186,7 +185,8 @@ class _Variant:
             **{name: samples.interval.median * 1e6 for name, samples in parts},
             **timed[-1].columns(1e6),
             **watched,
-            **(_against_reference(timed[-2], timed[-1], reference_path) if reference_path else {}),
+            **(_against_reference(timed[-2], timed[-1]) if reference_calls else {}),
+            "reference_path": reference_path,
             "lat_us": timed[-1].interval.median * 1e6,
             "layers": "; ".join(f"{layer.name} {layer.sparse.n}x{layer.sparse.k}" for layer in layers),
             "data": "random" if source == "random" else "model",
@@ -201,6 +201,24 @@ class _Variant:
             "verified": worst.verified,
             "check": f"all layers, {len(rivals) + 1} paths, {min(CHECKED_ROWS, cell.m)} tokens each: {worst.text}",
         }
+
+    def _yardstick(self, block: Block, choices: list[Choice], clock: Clock) -> tuple[list[Call], str]:
+        """The reference's pipeline on a GPU, with its path; no calls, and why, where it cannot run.
+
+        Raises VerificationError when it computes something else.
+        """
+        side = self._layers[0].sparse.backend
+        if side.device != "cuda":
+            return [], ""
+        from slidesparse.measure.reference_block import ReferenceBlock
+
+        try:
+            yardstick = ReferenceBlock(block, clock, self._losses.barred(side, self._dtype))
+        except UnsupportedHere as error:
+            return [], f"not measured: {error}"
+        calls = yardstick.calls()
+        _compare(calls[0](), block.calls(choices)[0]())
+        return calls, yardstick.path()
 
     def _known(self, operation: Operation, linear: W8A8Linear, m: int) -> bool:
         """Has tuning measured this operation of a layer at M tokens?"""
@@ -247,11 +265,21 @@ def _paths(layers: Sequence[_Layer], choices: Sequence[Choice]) -> str:
     return "; ".join(f"{layer.name}: {choice}" for layer, choice in zip(layers, choices, strict=True))
 
 
-def _against_reference(reference: Samples, mine: Samples, path: str) -> dict[str, Any]:
+def _compare(reference: Any, ours: Any) -> None:
+    """The yardstick rounds in other places, so its outputs may differ by about a percent, not more.
+
+    Raises VerificationError.
+    """
+    for place, (one, other) in enumerate(zip(reference, ours, strict=True)):
+        error = float(torch.linalg.vector_norm(one.float() - other.float()) / torch.linalg.vector_norm(other.float()))
+        if not error <= YARDSTICK_ERROR:
+            raise VerificationError(f"check failed: reference pipeline, linear {place}: relative L2 error {error:.3g}")
+
+
+def _against_reference(reference: Samples, mine: Samples) -> dict[str, Any]:
     over = ratio(reference, mine)
     return {
         "reference_us": reference.interval.median * 1e6,
-        "reference_path": path,
         "over_reference": over.median,
         "over_reference_low": over.low,
         "over_reference_high": over.high,

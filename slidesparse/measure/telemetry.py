@@ -29,6 +29,8 @@ THROTTLE_REASONS = {
 HARD_THROTTLE = 0x8 | 0x20 | 0x40 | 0x80
 """All but the power cap."""
 COOL_DOWN_S = 5.0
+TELEMETRY_PERIOD_S = 0.05
+"""Of a thread beside a kernel measurement: a few looks in its fraction of a second, none long enough to hold it up."""
 T = TypeVar("T")
 
 

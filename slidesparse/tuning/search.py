@@ -12,7 +12,7 @@ from slidesparse.kernels.verify import Check
 from slidesparse.measure import telemetry
 from slidesparse.measure.book import RowBook, reason_of
 from slidesparse.measure.clocks import clock_of, free_memory
-from slidesparse.measure.telemetry import measured_unthrottled
+from slidesparse.measure.telemetry import TELEMETRY_PERIOD_S, measured_unthrottled
 from slidesparse.measure.timer import leading, measure_together
 from slidesparse.plan import Task, TuneCell, fingerprint
 from slidesparse.progress import track
@@ -75,7 +75,8 @@ class _Tuner:
             return
         try:
             bench = self._benches.setdefault(chosen.name, Workbench(chosen, cell.dtype, seed))
-            rows = self._measure(cell, bench, chosen, conditions)
+            with self._losses.cell(chosen, cell.dtype, str(cell)):
+                rows = self._measure(cell, bench, chosen, conditions)
         except (DiskError, ContextLost):
             raise
         except UnsupportedHere as error:
@@ -122,7 +123,9 @@ class _Tuner:
         if copies:
             calls.append(clock.prepare(copies))
         seed = self._run.plan.profile.seed
-        timed, watched = measured_unthrottled(self._probe, lambda: measure_together(calls, self._stopping, clock, seed))
+        timed, watched = measured_unthrottled(
+            self._probe, lambda: measure_together(calls, self._stopping, clock, seed), TELEMETRY_PERIOD_S
+        )
         moved: dict[str, Any] = {"bytes_moved": bench.bytes_moved(cell)}
         if copies:
             moved["copy_us"] = timed[-1].interval.median * 1e6
