@@ -52,7 +52,7 @@ def test_rows_of_every_pattern_and_size(tmp_path: Path) -> None:
 
 
 def test_tuned_algorithms_are_the_ones_that_run(tmp_path: Path) -> None:
-    run = run_in(tmp_path, dtypes=["INT8"])
+    run = run_in(tmp_path, dtypes=["INT8"], tune={"coarse_m": [4], "fine_m": [4], "stopping": QUICK})
     search.run_task(run, task(run, "tune"))
     linear_bench.run_task(run, task(run, "linear"))
     tuned = records.read(run.tree.tune(MODEL, DType.INT8))

@@ -19,6 +19,7 @@ from slidesparse.pattern import Sparsity
 from slidesparse.rows import TuneRow
 from slidesparse.run import Run
 from slidesparse.tuning import search
+from slidesparse.tuning import store as store_module
 from slidesparse.tuning.store import TuningStore, Winner
 
 HERE = {"torch": "2.0"}
@@ -47,6 +48,23 @@ def test_exact_nearest_missed(tmp_path: Path) -> None:
     assert store.summary() == "hits 1, nearest 2, missed 3, stale 0"
     store.reset()
     assert store.summary() == "hits 0, nearest 0, missed 0, stale 0"
+
+
+def test_a_winner_of_other_kernels_of_ours_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edited kernel keeps the names of its launches; what was measured with the old one says nothing of it."""
+    run = small_run(tmp_path, dtypes=["INT8"])
+    search.run_task(run, task(run, "tune"))
+
+    def known(operation: str, family: str, candidates: set[str]) -> str | None:
+        store = TuningStore.open(run.tree.tuning_store)
+        return store.find(operation, family, DType.INT8, Sparsity(8), (2, 0, 96), candidates)  # type: ignore[arg-type]
+
+    assert known("quantise_lift", "cpu", {"fused", "torch"})
+    monkeypatch.setattr(store_module, "activation_revision", lambda family: "edited" if family == "cpu" else "")
+    assert known("quantise_lift", "cpu", {"fused", "torch"}) is None
+    again = search.run_task(run, task(run, "tune"))
+    gemms = sum(cell.operation.endswith("gemm") for cell in task(run, "tune").cells)
+    assert again.done_before == gemms, "GEMMs are not tuned again, everything else is"
 
 
 def test_other_library_versions_are_stale_and_not_used(tmp_path: Path) -> None:

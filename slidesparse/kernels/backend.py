@@ -59,9 +59,9 @@ class Activations(ABC):
     name: ClassVar[str]
 
     @property
-    @abstractmethod
     def revision(self) -> str:
-        """A hash over the kernels' source: what was tuned with other kernels is tuned again."""
+        """See `activation_revision`."""
+        return activation_revision(self.name)
 
     @abstractmethod
     def algorithms(self, operation: ActivationOperation, dtype: DType) -> tuple[Algorithm, ...]:
@@ -152,6 +152,18 @@ class Backend(ABC):
     @abstractmethod
     def path(self, dtype: DType, algorithm: Algorithm) -> str:
         """Name of the code that `gemm` runs, for the records."""
+
+
+ACTIVATION_SOURCES = {
+    "cpu": ("cpu_activations", "e4m3"),
+    "triton": ("triton_activations", "triton_dequantise", "triton_launch"),
+}
+"""Modules of this folder that hold the kernels of a family of activations."""
+
+
+def activation_revision(family: str) -> str:
+    """Hash over the source of a family's kernels: what was tuned with others is tuned again. Empty for a GEMM's."""
+    return source_hash(*ACTIVATION_SOURCES[family]) if family in ACTIVATION_SOURCES else ""
 
 
 def source_hash(*modules: str) -> str:

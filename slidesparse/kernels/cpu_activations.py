@@ -13,7 +13,7 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.kernels import reference
-from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm, source_hash
+from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm
 from slidesparse.kernels.e4m3 import encode_bits
 from slidesparse.pattern import Sparsity
 
@@ -25,10 +25,6 @@ class CpuActivations(Activations):
     """Shared by both CPU backends."""
 
     name = "cpu"
-
-    @property
-    def revision(self) -> str:
-        return source_hash("cpu_activations", "e4m3")
 
     def algorithms(self, operation: ActivationOperation, dtype: DType) -> tuple[Algorithm, ...]:
         return (FUSED, TORCH)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from slidesparse.dtypes import DType
-from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm, source_hash
+from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm
 from slidesparse.pattern import Sparsity
 
 
@@ -13,10 +13,6 @@ class TritonActivations(Activations):
     """Shared by the GPU backends. Triton is imported when first used: without it everything else still runs."""
 
     name = "triton"
-
-    @property
-    def revision(self) -> str:
-        return source_hash("triton_activations", "triton_dequantise", "triton_launch")
 
     def algorithms(self, operation: ActivationOperation, dtype: DType) -> tuple[Algorithm, ...]:
         from slidesparse.kernels.triton_activations import QUANTISE_LAUNCHES

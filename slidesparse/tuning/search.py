@@ -19,7 +19,7 @@ from slidesparse.progress import track
 from slidesparse.rows import TuneRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.candidates import Candidate, Workbench
-from slidesparse.tuning.store import Key, TuningStore, Winner
+from slidesparse.tuning.store import Key, TuningStore, Winner, kernel_versions
 
 
 def run_task(run: Run, task: Task) -> Outcome:
@@ -55,7 +55,7 @@ class _Tuner:
         self._benches: dict[str, Workbench] = {}
         self.failed = 0
         self._probe = telemetry.probe(run.machine)
-        self._losses = LostContexts.open(run.tree.lost_contexts, store.versions)
+        self._losses = LostContexts.open(run.tree.lost_contexts, kernel_versions())
         self._stopping = run.plan.profile.tune.stopping
 
     def tune(self, cell: TuneCell) -> None:
@@ -66,9 +66,8 @@ class _Tuner:
         except UnsupportedHere as error:
             self._skip(cell, error)
             return
-        kernels = "" if cell.operation in ("dense_gemm", "sparse_gemm") else chosen.activations.revision
-        conditions = fingerprint(cell, self._stopping, seed, self._store.versions, kernels)
         key = _winner_key(cell, chosen)
+        conditions = fingerprint(cell, self._stopping, seed, self._store.versions(_family(cell, chosen)))
         if self._store.holds(key) and self._book.done(_cell_key(cell), conditions):
             self._outcome.ok += 1
             self._outcome.done_before += 1
@@ -151,7 +150,7 @@ class _Tuner:
             self._book.add(*failed)
             return
         best = valid[-1].model_copy(update={"winner": True})
-        made = (best.algorithm, best.alg_id, best.lat_us, self._store.versions, best.run_id, best.time_utc)
+        made = (best.algorithm, best.alg_id, best.lat_us, self._store.versions(key[1]), best.run_id, best.time_utc)
         self._store.put(Winner(*key, *made))
         self._outcome.ok += 1
         self._book.add(*failed, *valid[:-1], best)
@@ -196,7 +195,10 @@ def _columns(cell: TuneCell) -> dict[str, Any]:
     }
 
 
+def _family(cell: TuneCell, chosen: Backend) -> str:
+    return chosen.name if cell.operation in ("dense_gemm", "sparse_gemm") else chosen.activations.name
+
+
 def _winner_key(cell: TuneCell, chosen: Backend) -> Key:
-    family = chosen.name if cell.operation in ("dense_gemm", "sparse_gemm") else chosen.activations.name
     sparsity = "" if cell.variant.sparsity is None else str(cell.variant.sparsity)
-    return cell.operation, family, cell.dtype.value, sparsity, cell.m, cell.n, cell.k
+    return cell.operation, _family(cell, chosen), cell.dtype.value, sparsity, cell.m, cell.n, cell.k

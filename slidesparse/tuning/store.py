@@ -15,6 +15,7 @@ from pathlib import Path
 from slidesparse import files
 from slidesparse.dtypes import DType
 from slidesparse.errors import RecordError
+from slidesparse.kernels.backend import activation_revision
 from slidesparse.kernels.gemm_library import loaded_versions
 from slidesparse.machine import package_versions
 from slidesparse.pattern import Sparsity
@@ -100,12 +101,12 @@ class TuningStore:
     def holds(self, winner_key: Key) -> bool:
         """Is there an entry of exactly this key, of the versions here?"""
         winner = self._winners.get(winner_key)
-        return winner is not None and winner.versions == self._versions
+        return winner is not None and winner.versions == self.versions(winner.family)
 
-    @property
-    def versions(self) -> dict[str, str]:
-        """The versions that entries count under."""
-        return dict(self._versions)
+    def versions(self, family: str) -> dict[str, str]:
+        """The versions that entries of a family count under; of our own kernels their source is one."""
+        revision = activation_revision(family)
+        return self._versions | ({"kernels": revision} if revision else {})
 
     def find(
         self,
@@ -125,7 +126,8 @@ class TuningStore:
         m, n, k = size
         wanted = (operation, family, dtype.value, "" if sparsity is None else str(sparsity))
         known = [winner for winner in self._winners.values() if winner.key[:4] == wanted and winner.k == k]
-        fresh = [winner for winner in known if winner.versions == self._versions and winner.algorithm in candidates]
+        versions = self.versions(family)
+        fresh = [winner for winner in known if winner.versions == versions and winner.algorithm in candidates]
         if not fresh:
             self.counts["stale" if known else "missed"] += 1
             return None
