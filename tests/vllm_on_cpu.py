@@ -1,0 +1,114 @@
+"""vLLM's own model classes and loaders on a CPU: attention is torch's, our GPU backends are stood in for by CPU ones.
+
+Everything else is the real package: configuration, registry, choice of kernels, weight loading, tensor parallelism.
+Runs in a process of its own (`vllm_scenarios.py`), whose platform vLLM has taken for CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_runs import MACHINE
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from slidesparse.dtypes import DType
+from slidesparse.kernels import backend as backends
+from slidesparse.kernels import linear
+from slidesparse.kernels.backend import Backend, Weight
+from slidesparse.kernels.compress import compress
+from slidesparse.kernels.cpu_dense import CpuDense
+from slidesparse.vllm_plugin import linear_kernels
+
+
+class DenseDouble(CpuDense):
+    name = "cublaslt"
+
+
+class SparseDouble(CpuDense):
+    """Keeps the lifted weight as it is, after proof that it is 2:4: one tensor, as on a GPU."""
+
+    name = "cusparselt"
+    sparse = True
+
+    def pack(self, codes: torch.Tensor, dtype: DType, layer: str) -> Weight:
+        compress(codes, layer)
+        return super().pack(codes, dtype, layer)
+
+
+DOUBLES: dict[str, Backend] = {"cublaslt": DenseDouble(), "cusparselt": SparseDouble()}
+
+
+def use_doubles() -> None:
+    linear.backend = linear_kernels.backend = lambda name: DOUBLES.get(name) or backends.backend(name)  # type: ignore
+    linear_kernels.detect = lambda: MACHINE  # type: ignore[assignment]
+
+
+class CausalAttention(nn.Module):
+    """All tokens are one sequence."""
+
+    def __init__(self, heads: int, kv_heads: int, head: int) -> None:
+        super().__init__()
+        self.sizes = heads, kv_heads, head
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads, kv_heads, head = self.sizes
+        q, k, v = (x.view(-1, n, head).transpose(0, 1) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(0, 1).reshape(-1, heads * head)
+
+
+def configure(folder: Path, additional: dict[str, Any] | None = None, **changes: Any) -> VllmConfig:
+    """As `vllm serve FOLDER` would; operations in plain PyTorch."""
+    return EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, enforce_eager=True, max_model_len=64,
+        additional_config={} if additional is None else {"slidesparse": additional},
+        compilation_config={"custom_ops": ["none"]}, **changes,
+    ).create_engine_config()  # fmt: skip
+
+
+@contextmanager
+def building(config: VllmConfig) -> Iterator[None]:
+    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+        yield
+
+
+def load(config: VllmConfig, weights: bool = True) -> Any:
+    """The model that vLLM makes of a configuration, weights loaded and processed."""
+    with building(config):
+        model = initialize_model(config)
+        if weights:
+            get_model_loader(config.load_config).load_weights(model, config.model_config)
+        process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+    for module in model.modules():
+        if hasattr(module, "self_attn"):
+            a = module.self_attn
+            a.attn = CausalAttention(a.num_heads, a.num_kv_heads, a.head_dim)
+    return model
+
+
+@torch.inference_mode()
+def logits(config: VllmConfig, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens int64 [P] -> float32 [P, vocabulary]."""
+    with building(config):
+        hidden = model(tokens, torch.arange(tokens.numel()))
+        out: torch.Tensor = model.compute_logits(hidden)
+    return out.float()
+
+
+def start(folder: Path, rank: int, ranks: int) -> None:
+    """What a worker of vLLM does before it loads a model; and our GPU backends get their doubles."""
+    use_doubles()
+    config = configure(folder / "checkpoints" / "Tiny-INT8", None, tensor_parallel_size=ranks)
+    with building(config):
+        init_distributed_environment(ranks, rank, f"file://{folder / f'meeting-{ranks}'}", rank, backend="gloo")
+        initialize_model_parallel(ranks)
