@@ -1,5 +1,6 @@
-"""A program of its own, because Triton's interpreter cannot be left: machine code of every fused BitNet kernel for
-three generations of GPUs, a line each: capability, operation, bytes of shared memory, bytes spilled to local memory.
+"""A program of its own, because Triton's interpreter cannot be left: machine code of the fused BitNet kernels.
+
+A line each: capability, operation, K, pattern, weights, bytes of shared memory, bytes spilled to local memory.
 """
 
 from __future__ import annotations
@@ -17,26 +18,38 @@ from slidesparse.kernels import triton_bitnet
 from slidesparse.kernels.triton_activations import _sizes
 from slidesparse.pattern import Sparsity
 
+SHAPES = (("norm", 2560), ("add", 2560), ("gate", 6912))
+PATTERNS = (None, *(Sparsity(length) for length in (4, 6, 10, 12, 14, 16, None)))
+
 
 def main() -> None:
-    kernel = triton_bitnet._norm_quantise_lift
-    pointers = {name: "*fp32" if name == "scale_ptr" else "*i32" for name in kernel.arg_names if name.endswith("_ptr")}
     for capability in (80, 90, 120):
-        for operation, k in (("norm", 2560), ("add", 2560), ("gate", 6912)):
-            launch = triton_bitnet.launches(k)[0]
-            dtype = DType.INT8 if capability == 80 else DType.FP8
-            constants = {
-                "OPERATION": operation, "WIDE": False, **_sizes(k, dtype, Sparsity(8)), "PTX": True,
-                "WORDS": launch.words, "TILES": triton.cdiv(k, 4 * launch.words), "EARLY": capability >= 90,
-            }  # fmt: skip
-            source = ASTSource(
-                kernel,
-                {**pointers, "eps": "fp32", **dict.fromkeys(constants, "constexpr")},
-                {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-                {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))},
-            )
-            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
-            print(capability, operation, made.metadata.shared, spilled(made.asm["cubin"]))
+        for operation, k in SHAPES:
+            line(capability, operation, k, Sparsity(8))
+    for sparsity in PATTERNS:
+        line(90, "add", 2560, sparsity)
+    line(90, "norm", 2048, Sparsity(None))
+    line(90, "gate", 6912, Sparsity(8), wide=True)
+
+
+def line(capability: int, operation: str, k: int, sparsity: Sparsity | None, wide: bool = False) -> None:
+    kernel = triton_bitnet._norm_quantise_lift
+    floats = ("scale_ptr", *(("weight_ptr",) if wide else ()))
+    pointers = {name: "*fp32" if name in floats else "*i32" for name in kernel.arg_names if name.endswith("_ptr")}
+    launch = triton_bitnet.launches(k)[0]
+    constants = {
+        "OPERATION": operation, "WIDE": wide, **_sizes(k, DType.INT8 if capability == 80 else DType.FP8, sparsity),
+        "PTX": True, "WORDS": launch.words, "TILES": triton.cdiv(k, 4 * launch.words), "EARLY": capability >= 90,
+    }  # fmt: skip
+    source = ASTSource(
+        kernel,
+        {**pointers, "eps": "fp32", **dict.fromkeys(constants, "constexpr")},
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
+    spilt = spilled(made.asm["cubin"])
+    print(capability, operation, k, sparsity, "float32" if wide else "bfloat16", made.metadata.shared, spilt)
 
 
 def spilled(cubin: bytes) -> int:

@@ -214,7 +214,7 @@ def test_the_default_launch_holds_the_row_at_ease() -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_codes_and_scales_keep_the_stated_bound(operation: BitNetOperation, dtype: DType) -> None:
     """Against torch's own r: a code by one step at most, few of them; a scale hardly ever."""
-    m, k = 24, 1280
+    m, k = 12, 1280
     operands = [random(m, 2 * k if operation == "gate" else k, seed=3).bfloat16()]
     operands += [random(m, k, seed=4).bfloat16()] if operation == "add" else []
     weight = weights(k)
@@ -370,25 +370,21 @@ def test_the_floor_counts_each_operand_once(operation: BitNetOperation, sparsity
 # -- for a GPU, and on one -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def machine_code() -> dict[tuple[int, str], tuple[int, int]]:
-    """(capability, operation) -> bytes of shared memory and of spilled registers."""
+def test_machine_code() -> None:
+    """The interpreter runs no PTX and allows what Triton does not: here its compiler and ptxas take the kernels, INT8
+    for A100, FP8 for H100 and RTX 5090. A row stays in registers, and lifting takes no more shared memory than its
+    codes do, up to the next power of two, with room for padding behind a row that fills it."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(slidesparse.__file__).parents[1])}
     program = Path(__file__).parent / "compile_bitnet.py"
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    return {(int(capability), name): (int(shared), int(spilt)) for capability, name, shared, spilt in lines}
-
-
-@pytest.mark.parametrize("capability", [80, 90, 120])
-@pytest.mark.parametrize(("operation", "words"), [("norm", 640), ("add", 640), ("gate", 1728)])
-def test_machine_code(
-    machine_code: dict[tuple[int, str], tuple[int, int]], capability: int, operation: str, words: int
-) -> None:
-    """The interpreter runs no PTX: here ptxas takes it, INT8 for A100, FP8 for H100 and RTX 5090. A row stays in
-    registers, and lifting takes no more shared memory than its codes do, up to the next power of two."""
-    assert machine_code[capability, operation] == (4 * triton.next_power_of_2(words), 0)
+    assert len(lines) == 19
+    for _, _, k, sparsity, _, shared, spilt in lines:
+        codes = int(k) + (4 if sparsity == "2:inf" else 0)
+        lifted = sparsity not in ("None", "2:4")
+        assert (int(shared) == triton.next_power_of_2(codes)) if lifted else (int(shared) < 64)
+        assert spilt == "0"
 
 
 @pytest.mark.gpu

@@ -10,12 +10,13 @@ As in `transformers` (modeling_bitnet.py) with a bfloat16 model; bf16(...) marks
 
 A float32 weight is multiplied as it is and rounded with the product (transformers would go on in float32).
 
-How far a kernel that sums in another order may be from this: its r differs by at most `INVERSE_RMS_ERROR`. Where t * r
-lies that close to the middle of two bfloat16, the other one may be taken, which moves y by at most 1/72 of itself
-(every pair of mantissas tried) and its code by at most one step, INT8 codes beyond 72 by two. Where it is the row's
-largest value that moves, so does the scale, by as much, and with it any code of the row: by one step, INT8 codes beyond
-36 by up to four. With r moved by up to 2**-22 in 50,000 rows of 2560 random values: 3 codes in a million, one scale in
-25,000, no code by more than one step.
+How far a kernel that sums in another order may be from this: its r differs by at most 2**-17. (Either r is within
+2**-18 of the exact one: the sum has positive terms and a depth below 120, the root halves its error, and is itself off
+by 2**-22 at most.) Where t * r lies that close to the middle of two bfloat16, the other one may be taken, which moves y
+by at most 1/72 of itself (every pair of mantissas tried) and its code by at most one step, INT8 codes beyond 72 by two.
+Where it is the row's largest value that moves, so does the scale, by as much, and with it any code of the row: by one
+step, INT8 codes beyond 36 by up to four. With r moved by up to 2**-22 in 50,000 rows of 2560 random values: 3 codes in
+a million, one scale in 25,000, no code by more than one step.
 """
 
 from __future__ import annotations
@@ -31,9 +32,6 @@ from slidesparse.pattern import Sparsity
 BitNetOperation = Literal["norm", "add", "gate"]
 """What is normalised: x, x + residual, max(gate, 0)**2 * up."""
 
-INVERSE_RMS_ERROR = 2.0**-17
-"""Largest relative difference of two float32 values of r. Either is within 2**-18 of the exact one: its sum has
-positive terms and a depth below 120, the root halves its error of 120 * 2**-24, and is itself off by 2**-22 at most."""
 SCALE_ERROR = 1 / 72
 """Largest relative difference of the scales: see above."""
 

@@ -12,7 +12,7 @@ from the reference: `bitnet_reference`. Bytes of one row, K' columns of codes, t
     add     6 K + K' + 4        10 K + K' + 4
     gate    4 K + K' + 4        12 K + K' + 4
 
-    Layout. One program a row, as 32-bit pairs of bfloat16. Every lane loads its share of the row and of the weights
+    Layout. One program a row, as 32-bit pairs of bfloat16. Every lane loads its share of the weights and of the row
     (accesses of 8 or 16 bytes, all of them before the first is needed) and keeps it in registers: values, then normed
     values, then codes. Between them are two reductions over the row, sum of squares and largest magnitude. From the
     normed values on it is `triton_activations`, whose device functions these are: y is bfloat16, so that codes take one
@@ -21,7 +21,9 @@ from the reference: `bitnet_reference`. Bytes of one row, K' columns of codes, t
     shared memory once, where every window finds its two pairs: nothing is normed or quantised twice, and no second read
     of the row depends on the L1 cache.
 
-All offsets are 64-bit; programmatic dependent launch as in `triton_launch`.
+All offsets are 64-bit. Programmatic dependent launch as in `triton_launch`, except that weights are read before the
+wait, which hides their latency. So the kernel right before must not both write them and let this one start early:
+torch's and copies do not, nor do ours.
 """
 
 from __future__ import annotations
@@ -172,6 +174,11 @@ def _norm_quantise_lift(
     WORDS: tl.constexpr,  # of a tile: what one access of every lane loads
     TILES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    SPAN: tl.constexpr = 2 * WORDS
+    # NOTES: after the wait, ptxas (CUDA 12.8, sm_90) puts these loads behind the arrival of the row: a second latency.
+    weights = ()
+    for tile in tl.static_range(TILES):
+        weights += (_load_weights(weight_ptr, tile * SPAN, SPAN, PAIRS, WIDE),)
     turn(EARLY)
     row = tl.program_id(0).to(tl.int64)
     if OPERATION == "gate":
@@ -182,18 +189,15 @@ def _norm_quantise_lift(
         other_ptr += row * PAIRS
     total_ptr += row * PAIRS
     codes_ptr += row * OUT
-    SPAN: tl.constexpr = 2 * WORDS
 
     # All loads first: stores are not passed by later loads.
-    firsts, seconds, weights = (), (), ()
+    firsts, seconds = (), ()
     for tile in tl.static_range(TILES):
         firsts += (_load(x_ptr, tile * SPAN, SPAN, PAIRS, "evict_first"),)
         if OPERATION == "norm":
             seconds = firsts
         else:
             seconds += (_load(other_ptr, tile * SPAN, SPAN, PAIRS, "evict_first"),)
-    for tile in tl.static_range(TILES):
-        weights += (_load_weights(weight_ptr, tile * SPAN, SPAN, PAIRS, WIDE),)
 
     values = ()
     squares = tl.zeros((SPAN,), tl.float32)

@@ -19,10 +19,10 @@ def store_lifted(
 ):  # fmt: skip
     """Write the lifted row [OUT] of a program whose codes are in TILES blocks of WORDS words, 0 past the row."""
     LAST: tl.constexpr = PAIRS if BORDER else PAIRS - 2
-    if LAST + 2 > 2 * TILES * WORDS:
-        block = _one_block((*words, tl.zeros((WORDS,), tl.int32)), TILES + 1, WORDS)
-    else:
-        block = _one_block(words, TILES, WORDS)
+    MORE: tl.constexpr = 1 if LAST + 2 > 2 * TILES * WORDS else 0
+    for _ in tl.static_range(MORE):
+        words += (tl.zeros((WORDS,), tl.int32),)
+    block = _one_block(words, TILES + MORE, WORDS)
     COUNT: tl.constexpr = triton.next_power_of_2(OUT)
     window = tl.arange(0, COUNT)
     pair = tl.minimum(_first_pair(window, WINDOWS, SMALL), LAST)
