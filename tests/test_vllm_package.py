@@ -172,6 +172,12 @@ def test_the_path_that_ran_can_be_asked_for(one: dict[str, Any]) -> None:
     assert ran == {f"cusparselt 2:8 INT8 {shape}": ["M=32: fused > int_mm > fused"] for shape in shapes}
 
 
+def test_the_tuning_store_of_the_settings_chooses(one: dict[str, Any]) -> None:
+    ran = value(one, "tuned")
+    assert ran["cublaslt INT8 128x192"] == ["M=32: fused > float64 > fused"], "the nearest M of this shape"
+    assert ran["cublaslt INT8 256x128"] == ["M=32: fused > int_mm > fused"], "nothing known: the default"
+
+
 def test_layers_hold_the_lifted_codes_of_the_checkpoint(one: dict[str, Any]) -> None:
     assert value(one, "packed_weights") is True
 
@@ -210,6 +216,13 @@ def test_two_ranks_give_the_model_of_one(ranks: list[dict[str, Any]]) -> None:
 def test_a_sub_norm_over_two_ranks_is_the_norm_of_the_whole_row(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert value(rank, "sub_norm") < 1e-5
+
+
+def test_the_model_is_one_graph_for_every_m(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = value(rank, "compiled")
+        assert found["same"] == [True] * 3
+        assert found["linears of each graph"] == [8], "one graph, four merged linears in each of two layers"
 
 
 def test_a_cut_through_a_group_names_the_layer(ranks: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ import vllm.plugins
 import vllm_on_cpu
 from vllm.model_executor.kernels import linear as registry
 from vllm.platforms import PlatformEnum
-from vllm_checks import distance, fault, merged, outcome, tokens
+from vllm_checks import TOKENS, distance, fault, merged, outcome, tokens
 
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.kernels import operands
@@ -72,6 +72,28 @@ class Two:
             own = operands.lift(own, checkpoint.section.pattern, "down_proj")
         return torch.equal(held.view(torch.int8), own)
 
+    def compiled(self) -> dict[str, Any]:
+        """The whole decoder as one graph, M symbolic, at three M: vLLM compiles it so."""
+        place = self.folder / "checkpoints_slidesparse/Tiny-INT8-SlideSparse-2_8"
+        config = vllm_on_cpu.configure(place, None, tensor_parallel_size=2)
+        model = vllm_on_cpu.load(config).model
+        calls = []
+
+        def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            calls.append(str(graph.graph).count("slidesparse.linear"))
+            return graph.forward
+
+        compiled = torch.compile(lambda ids, positions: model(ids, positions, None), fullgraph=True, backend=count)
+        same = []
+        for m in (TOKENS, 7, 19):
+            ids, positions = tokens()[:m].clone(), torch.arange(m)
+            with vllm_on_cpu.building(config), torch.inference_mode():
+                expected = model(ids, positions, None)
+                torch._dynamo.mark_dynamic(ids, 0)
+                torch._dynamo.mark_dynamic(positions, 0)
+                same.append(torch.equal(compiled(ids, positions), expected))
+        return {"same": same, "linears of each graph": calls}
+
     def cut(self) -> str:
         """2:6 groups of 64 columns a rank."""
         place = self.folder / "checkpoints_slidesparse/Tiny-INT8-SlideSparse-2_6"
@@ -85,7 +107,7 @@ def main(folder: Path, rank: int) -> dict[str, object]:
         kernels[PlatformEnum.CPU] = kernels[PlatformEnum.CUDA]  # ours are registered for CUDA
     vllm_on_cpu.start(folder, rank, 2)
     s = Two(folder, rank)
-    return {scenario.__name__: outcome(scenario) for scenario in (s.sub_norm, s.models, s.cut)}
+    return {scenario.__name__: outcome(scenario) for scenario in (s.sub_norm, s.models, s.compiled, s.cut)}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.checkpoint.lift import lift_weight
 from slidesparse.kernels import verify
 from slidesparse.measure.engines.model import reference_model
+from slidesparse.tuning.store import TuningStore, Winner
 
 Model = tuple[Any, Any]
 """Configuration and model."""
@@ -174,6 +175,22 @@ class One:
             same.append(torch.equal(held.weight_scale, scale))
         return all(same)
 
+    def tuned(self) -> dict[str, Any]:
+        """What ran with a store that knows a winner for one shape, at one M."""
+        store = TuningStore.open(self.folder / "winners.json")
+        size = {"dtype": "INT8", "sparsity": "", "m": 64, "n": 128, "k": 192}
+        known = {
+            "alg_id": 2,
+            "lat_us": 1.0,
+            "versions": store.versions("cublaslt"),
+            "run_id": "test",
+            "time_utc": "now",
+        }
+        store.put(Winner(operation="dense_gemm", family="cublaslt", algorithm="float64", **size, **known))  # type: ignore
+        store.save()
+        additional = {"backend": "cublaslt", "tuning": str(self.folder / "winners.json")}
+        return dict(self._logits("Tiny-INT8", additional)["ran"])
+
     # -- refusals ---------------------------------------------------------------------------------------
 
     def refusals(self) -> dict[str, str]:
@@ -196,7 +213,7 @@ def main(folder: Path) -> dict[str, object]:
     s = One(folder)
     first = {"registration": outcome(s.registration)}
     vllm_on_cpu.start(folder, 0, 1)
-    rest = s.kernels, s.cache_keys, s.model_function, s.logits, s.packed_weights, s.refusals
+    rest = s.kernels, s.cache_keys, s.model_function, s.logits, s.tuned, s.packed_weights, s.refusals
     return first | {scenario.__name__: outcome(scenario) for scenario in rest}
 
 

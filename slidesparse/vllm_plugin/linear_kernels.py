@@ -165,7 +165,12 @@ def _other_scheme(layer: LinearBase) -> str:
     )
 
 
-@lru_cache(maxsize=8)
 def _store(path: Path | None) -> TuningStore | None:
-    """One store for all layers, so that its counts are those of the model."""
-    return None if path is None else TuningStore.open(path)
+    """One store for all layers of a model, so that its counts are the model's."""
+    return None if path is None else _opened(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _opened(path: Path, written_ns: int) -> TuningStore:
+    """`written_ns`: a file that was tuned again is another store."""
+    return TuningStore.open(path)
