@@ -33,8 +33,8 @@ SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4,
 FUNCTION_BOUND = 1e-5
 """float32 logits of two implementations that add in another order."""
 LOGITS_BOUND = {"INT8": 0.06, "FP8": 0.15}
-"""bfloat16 logits. vLLM and transformers round norms and residuals at other places, so some activations get the
-neighbouring code; an e4m3 code is 6 to 12 % from the next. What is exact is asked of each linear apart."""
+"""bfloat16 logits: rounding moves some activations to the neighbouring code (an e4m3 code is 6 to 12 % from the next).
+transformers' own bfloat16 logits are 0.036 and 0.089 from its float32 ones. What is exact is asked of each linear."""
 CPU_PLATFORM = "cpu_ranks"
 ROOT = Path(__file__).parents[1]
 
