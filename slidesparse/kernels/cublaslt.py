@@ -9,25 +9,17 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere
-from slidesparse.kernels import gemm_library, gpu
-from slidesparse.kernels.backend import Activations, Algorithm, Backend, Weight
+from slidesparse.kernels import gemm_library
+from slidesparse.kernels.backend import Algorithm, Weight
 from slidesparse.kernels.gemm_library import PLAIN, SCALED, SCALED_BIAS, GemmAlgorithm, Problem
-from slidesparse.kernels.gpu_activations import TritonActivations
-from slidesparse.machine import Machine
+from slidesparse.kernels.gpu import LibraryBackend
 
 
-class CublasLt(Backend):
+class CublasLt(LibraryBackend):
     """`Weight.data`: codes [N, K] as they are."""
 
     name = "cublaslt"
     sparse = False
-    emulation = False
-    device = "cuda"
-    activations: Activations = TritonActivations()
-
-    def require(self, machine: Machine, dtype: DType) -> None:
-        gpu.require(self.name, machine, dtype)
-        gemm_library.load()
 
     def algorithms(self, dtype: DType, m: int, n: int, k: int) -> tuple[Algorithm, ...]:
         return tuple(_described(found) for found in self._listed(self._problem(dtype, m, n, k, PLAIN)).values())
@@ -40,15 +32,6 @@ class CublasLt(Backend):
             return tuple(_described(found) for found in self._listed(problem).values())
         except UnsupportedHere:  # by rows and columns: Hopper has it, others may not
             return ()
-
-    def output(self, dtype: DType) -> torch.dtype:
-        return gpu.output(dtype)
-
-    def accumulation_error(self, dtype: DType, terms: int) -> tuple[float, str]:
-        return gpu.accumulation_error(dtype, terms)
-
-    def norm_error(self, dtype: DType) -> float:
-        return gpu.norm_error(dtype)
 
     def pack(self, codes: torch.Tensor, dtype: DType, layer: str) -> Weight:
         n, k = codes.shape
@@ -79,9 +62,6 @@ class CublasLt(Backend):
         numbers = gemm_ops.opaque_numbers(found)
         gemm_ops.dense_gemm_scaled(x, scale_token, weight.data, scale_channel, bias, out, numbers, found.workspace)
         return out
-
-    def path(self, dtype: DType, algorithm: Algorithm) -> str:
-        return f"cublaslt {algorithm.name} ({algorithm.config}), {gpu.types(dtype)}"
 
     def _problem(self, dtype: DType, m: int, n: int, k: int, epilogue: int) -> Problem:
         return Problem(m, n, k, dtype.torch, self.output(dtype), epilogue)

@@ -8,11 +8,10 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError, UnsupportedHere
-from slidesparse.kernels import gemm_library, gpu
-from slidesparse.kernels.backend import Activations, Algorithm, Backend, Weight
+from slidesparse.kernels import gemm_library
+from slidesparse.kernels.backend import Algorithm, Weight
 from slidesparse.kernels.gemm_library import PLAIN, GemmAlgorithm, Problem
-from slidesparse.kernels.gpu_activations import TritonActivations
-from slidesparse.machine import Machine
+from slidesparse.kernels.gpu import LibraryBackend
 from slidesparse.pattern import K_ALIGNMENT, KEPT, WINDOW, align
 
 M_ALIGNMENT = 16
@@ -21,31 +20,15 @@ ANY_M = 64
 """The compressed form does not depend on M: any serves to make it."""
 
 
-class CusparseLt(Backend):
+class CusparseLt(LibraryBackend):
     """`Weight.data`: cuSPARSELt's compressed form, uint8."""
 
     name = "cusparselt"
     sparse = True
-    emulation = False
-    device = "cuda"
-    activations: Activations = TritonActivations()
-
-    def require(self, machine: Machine, dtype: DType) -> None:
-        gpu.require(self.name, machine, dtype)
-        gemm_library.load()
 
     def algorithms(self, dtype: DType, m: int, n: int, k: int) -> tuple[Algorithm, ...]:
         problem = self._problem(dtype, align(m, M_ALIGNMENT), n, k)
         return tuple(_described(found) for found in self._listed(problem).values())
-
-    def output(self, dtype: DType) -> torch.dtype:
-        return gpu.output(dtype)
-
-    def accumulation_error(self, dtype: DType, terms: int) -> tuple[float, str]:
-        return gpu.accumulation_error(dtype, terms * KEPT // WINDOW)
-
-    def norm_error(self, dtype: DType) -> float:
-        return gpu.norm_error(dtype)
 
     def pack(self, codes: torch.Tensor, dtype: DType, layer: str) -> Weight:
         n, k = codes.shape
@@ -72,9 +55,6 @@ class CusparseLt(Backend):
             raise UnsupportedHere(f"cusparselt has no algorithm {algorithm.name} for {problem}")
         gemm_ops.sparse_gemm(x, weight.data, out, found.alg_id, found.split_k, found.workspace)
         return out
-
-    def path(self, dtype: DType, algorithm: Algorithm) -> str:
-        return f"cusparselt {algorithm.name} ({algorithm.config}), {gpu.types(dtype)}"
 
     def _problem(self, dtype: DType, m: int, n: int, k: int) -> Problem:
         return Problem(m, n, k, dtype.torch, self.output(dtype), PLAIN)

@@ -8,8 +8,11 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere
-from slidesparse.kernels import verify
+from slidesparse.kernels import gemm_library, verify
+from slidesparse.kernels.backend import Activations, Algorithm, Backend
+from slidesparse.kernels.gpu_activations import TritonActivations
 from slidesparse.machine import Machine
+from slidesparse.pattern import KEPT, WINDOW
 
 FP8_CAPABILITY = (8, 9)
 SPARSE_CAPABILITY = (8, 0)
@@ -42,19 +45,32 @@ def output(dtype: DType) -> torch.dtype:
     return {DType.INT8: torch.int32, DType.FP8: torch.bfloat16}.get(dtype, dtype.torch)
 
 
-def types(dtype: DType) -> str:
-    """`INT8 -> int32`, for paths."""
-    return f"{dtype.value} -> {str(output(dtype)).removeprefix('torch.')}"
+class LibraryBackend(Backend):
+    """What `cublaslt` and `cusparselt` have in common."""
 
+    emulation = False
+    device = "cuda"
+    activations: Activations = TritonActivations()
 
-def accumulation_error(dtype: DType, terms: int) -> tuple[float, str]:
-    """See `Backend.accumulation_error`. 16-bit types: float32 sums that may cut instead of round, hence twice gamma."""
-    if dtype is DType.FP8:
-        steps = -(-terms // FP8_STEP)
-        return steps * FP8_STEP_ERROR, f"{steps}*2^-10"
-    return 2 * verify.gamma(terms), f"2*gamma({terms})"
+    def require(self, machine: Machine, dtype: DType) -> None:
+        require(self.name, machine, dtype)
+        gemm_library.load()
 
+    def output(self, dtype: DType) -> torch.dtype:
+        return output(dtype)
 
-def norm_error(dtype: DType) -> float:
-    """See `Backend.norm_error`."""
-    return FP8_NORM_ERROR if dtype is DType.FP8 else float("inf")
+    def accumulation_error(self, dtype: DType, terms: int) -> tuple[float, str]:
+        """Only kept positions are added. 16-bit types: float32 sums that may cut instead of round: twice gamma."""
+        if self.sparse:
+            terms = terms * KEPT // WINDOW
+        if dtype is DType.FP8:
+            steps = -(-terms // FP8_STEP)
+            return steps * FP8_STEP_ERROR, f"{steps}*2^-10"
+        return 2 * verify.gamma(terms), f"2*gamma({terms})"
+
+    def norm_error(self, dtype: DType) -> float:
+        return FP8_NORM_ERROR if dtype is DType.FP8 else float("inf")
+
+    def path(self, dtype: DType, algorithm: Algorithm) -> str:
+        written = str(output(dtype)).removeprefix("torch.")
+        return f"{self.name} {algorithm.name} ({algorithm.config}), {dtype.value} -> {written}"

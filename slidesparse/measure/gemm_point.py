@@ -58,6 +58,7 @@ class Product:
         device = "cuda" if plain.is_cuda else "cpu"
         self.codes = operands.codes_of(operands.activation(m, plain.shape[1], seed, device), dtype)
         self._expected: dict[tuple[float, torch.dtype], Expected] = {}
+        self._signs: dict[torch.dtype, torch.Tensor] = {}
 
     def expected(self, side: Backend, k: int) -> Expected:
         """What `side` must give for sums over k positions."""
@@ -72,14 +73,15 @@ class Product:
         """The signs of the activations' codes."""
         return operands.signs(self.codes)
 
-    @cached_property
-    def exact_signs(self) -> torch.Tensor:
-        """Their product with the signs of the weight: integers up to K, float32 [M, N]."""
-        weight = operands.signs(self._plain)
-        out = torch.empty(self.codes.shape[0], weight.shape[0], device=weight.device)
-        for rows in verify.row_blocks((out.shape[0], out.shape[1])):
-            out[rows] = reference.gemm(self.sign_codes[rows], weight)
-        return out
+    def exact_signs(self, dtype: torch.dtype) -> torch.Tensor:
+        """Their product with the signs of the weight: integers up to K, rounded to `dtype`, [M, N]."""
+        if dtype not in self._signs:
+            weight = operands.signs(self._plain)
+            out = torch.empty(self.codes.shape[0], weight.shape[0], dtype=dtype, device=weight.device)
+            for rows in verify.row_blocks((out.shape[0], out.shape[1])):
+                out[rows] = reference.gemm(self.sign_codes[rows], weight)
+            self._signs[dtype] = out
+        return self._signs[dtype]
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class GemmPoint:
             return result
         x = self._sign_operand
         self.side.gemm(x, self._weight.packed_signs, algorithm, verify.poison(out))
-        sharp = verify.check_same(out, self._product.exact_signs.to(out.dtype), "exact product of the operands' signs")
+        sharp = verify.check_same(out, self._product.exact_signs(out.dtype), "exact product of the operands' signs")
         return Check(result.verified, f"{result.text}; {sharp.text}") if sharp.ok else sharp
 
     @cached_property
