@@ -196,6 +196,16 @@ class SparsityLists(_Section):
 class Backends(_Section):
     dense: tuple[Backend, ...]
     sparse: tuple[Backend, ...]
+    stock: tuple[Literal["vllm"], ...] = ()
+    """The engine's own kernels, untouched: measured end to end only, beside ours."""
+
+
+class Vllm(_Section):
+    """How the vLLM engine is started."""
+
+    tensor_parallel_size: Positive = 1
+    together: Positive | None = None
+    """Variants held on the GPU side by side, so that their steps can be interleaved. None: as many as fit."""
 
 
 class Profile(_Section):
@@ -209,6 +219,7 @@ class Profile(_Section):
     sparsity: SparsityLists
     backends: Backends
     engine: EngineName
+    vllm: Vllm = Vllm()
     convert: Convert = Convert()
     tune: Tune
     prefill: Prefill

@@ -293,7 +293,10 @@ def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
 
 
 def _end_to_end(p: Profile) -> list[Variant]:
-    return [Variant(backend) for backend in p.backends.dense] + _variants(p, p.sparsity.end_to_end)
+    """The first is what the others are compared with: the engine's own kernels if the profile has them, else dense."""
+    return [Variant(backend) for backend in (*p.backends.stock, *p.backends.dense)] + _variants(
+        p, p.sparsity.end_to_end
+    )
 
 
 def _prefill(p: Profile) -> Iterator[ThroughputCell]:

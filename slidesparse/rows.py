@@ -192,8 +192,19 @@ class ThroughputRow(TimedRow):
     """Generated tokens alone."""
     steady_tokens_per_s: float = UNMEASURED
     """Decode: generated tokens over decode-step time, prefill left out. Prefill: prompt tokens alone."""
+    over_stock: float = UNMEASURED
+    """Median of the paired ratios: seconds of a step with the engine's own kernels / with this row's, interleaved."""
+    over_stock_low: float = UNMEASURED
+    over_stock_high: float = UNMEASURED
+    over_dense: float = UNMEASURED
+    """The same against our first dense backend."""
+    over_dense_low: float = UNMEASURED
+    over_dense_high: float = UNMEASURED
     host_bound: bool = False
     startup_s: float = UNMEASURED
+    """From the start of the engine's process to a model in memory; compilation and graph capture not counted."""
+    compile_s: float = UNMEASURED
+    """Compilation and graph capture."""
     warmup_s: float = UNMEASURED
     measure_s: float = UNMEASURED
     peak_rss_mib: float = UNMEASURED

@@ -38,6 +38,8 @@ class Outcome:
     done_before: int = 0
     """Cells of `ok` that an earlier run had finished."""
     notes: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    """This task's share, where several are run together; None: all the time that went by."""
 
     @property
     def status(self) -> str:

@@ -8,9 +8,10 @@ import logging
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ STAGE_MODULES: dict[Stage, str] = {
     "calibrate": "slidesparse.measure.calibrate",
 }
 EXIT_INTERRUPTED = 130
-RunTask = Callable[[Run, Task], Outcome]
+JOINT: frozenset[Stage] = frozenset({"prefill", "decode"})
+"""Stages whose module runs several tasks together: `run_tasks(run, tasks)` instead of `run_task(run, task)`."""
+RunTasks = Callable[[Run, Sequence[Task]], list[Outcome]]
 
 
 def result_tree(plan: Plan) -> ResultTree:
@@ -60,53 +63,64 @@ def open_run(plan: Plan, quiet: bool = False) -> Iterator[Run]:
 def run_tasks(run: Run, tasks: Iterable[Task]) -> int:
     """Run tasks in order; one that fails does not stop the next. Returns the exit code: 0 if nothing failed.
 
-    A full or read-only disk and Ctrl-C end the run: what had been recorded stays, and the same command resumes.
+    Tasks that follow each other and share their engine's start (`JOINT`) are run together. A full or read-only disk
+    and Ctrl-C end the run: what had been recorded stays, and the same command resumes.
     """
-    tasks = list(tasks)
     status = _Status(run)
     failed = False
-    for task in tasks:
-        run.log.info("task %d %s: %d cells", task.number, task.name, len(task.cells))
-        status.update(task, "running")
-        started = time.monotonic()
-        try:
-            outcome = _stage(task.stage)(run, task)
-        except KeyboardInterrupt:
-            run.log.warning("interrupted in task %d %s; the same command resumes it", task.number, task.name)
-            status.update(task, "interrupted", time.monotonic() - started, note="interrupted; run again to resume")
-            raise
-        except DiskError as error:
-            run.log.error("task %d %s: %s", task.number, task.name, error)
-            status.try_update(task, "failed", time.monotonic() - started, note=str(error))
-            raise
-        except ContextLost as error:
-            run.log.error("task %d %s: %s; going on in a new process", task.number, task.name, error)
-            status.update(task, "interrupted", time.monotonic() - started, note=str(error))
-            raise
-        except SlideSparseError as error:
-            run.log.error("task %d %s: %s", task.number, task.name, error)
-            status.update(task, "failed", time.monotonic() - started, note=str(error))
-            failed = True
-        except Exception as error:
-            run.log.exception("task %d %s: unexpected error", task.number, task.name)
-            status.update(task, "failed", time.monotonic() - started, note=f"{type(error).__name__}: {error} (see log)")
-            failed = True
-        else:
-            seconds = time.monotonic() - started
-            status.update(task, outcome.status, seconds, outcome)
-            run.log.info(
-                "task %d %s: %s in %.1f s: %d ok (%d done before), %d failed, %d skipped",
-                task.number, task.name, outcome.status, seconds,
-                outcome.ok, outcome.done_before, outcome.failed, outcome.skipped,
-            )  # fmt: skip
-            failed = failed or outcome.failed > 0
+    for _, group in groupby(list(tasks), key=lambda task: "joint" if task.stage in JOINT else task.number):
+        failed = _run_group(run, list(group), status) or failed
     return 1 if failed else 0
 
 
-def _stage(stage: Stage) -> RunTask:
+def _run_group(run: Run, tasks: list[Task], status: _Status) -> bool:
+    """Run one task, or several together. True if anything failed."""
+    for task in tasks:
+        run.log.info("task %d %s: %d cells", task.number, task.name, len(task.cells))
+        status.update(task, "running")
+    started = time.monotonic()
+
+    def ended(word: str, note: str) -> None:
+        for task in tasks:
+            run.log.error("task %d %s: %s: %s", task.number, task.name, word, note)
+            status.try_update(task, word, time.monotonic() - started, note)
+
+    try:
+        outcomes = _stage(tasks[0].stage)(run, tasks)
+    except KeyboardInterrupt:
+        ended("interrupted", "interrupted; run again to resume")
+        raise
+    except DiskError as error:
+        ended("failed", str(error))
+        raise
+    except ContextLost as error:
+        ended("interrupted", f"{error}; going on in a new process")
+        raise
+    except SlideSparseError as error:
+        ended("failed", str(error))
+        return True
+    except Exception as error:
+        run.log.exception("unexpected error")
+        ended("failed", f"{type(error).__name__}: {error} (see log)")
+        return True
+    for task, outcome in zip(tasks, outcomes, strict=True):
+        seconds = time.monotonic() - started if outcome.seconds is None else outcome.seconds
+        status.update(task, outcome.status, seconds, outcome)
+        run.log.info(
+            "task %d %s: %s in %.1f s: %d ok (%d done before), %d failed, %d skipped",
+            task.number, task.name, outcome.status, seconds,
+            outcome.ok, outcome.done_before, outcome.failed, outcome.skipped,
+        )  # fmt: skip
+    return any(outcome.failed for outcome in outcomes)
+
+
+def _stage(stage: Stage) -> RunTasks:
     """Imported when needed: a `plan` or `report` should not wait for the measuring stack."""
-    run_task: RunTask = importlib.import_module(STAGE_MODULES[stage]).run_task
-    return run_task
+    module = importlib.import_module(STAGE_MODULES[stage])
+    if stage in JOINT:
+        together: RunTasks = module.run_tasks
+        return together
+    return lambda run, tasks: [module.run_task(run, task) for task in tasks]
 
 
 class _Status:

@@ -163,7 +163,7 @@ def test_interrupt_then_resume(bench_file: Path, tmp_path: Path) -> None:
     assert process.returncode == INTERRUPTED
     assert "resumes" in errors
     assert "Traceback" not in errors
-    assert statuses(tmp_path).count("interrupted") == 1
+    assert 1 <= statuses(tmp_path).count("interrupted") <= 2, "prefill and decode run together"
     assert not list(tmp_path.rglob(f"*{files.PARTIAL}"))
     assert run(bench_file, tmp_path, "all").returncode == 0
 
@@ -180,7 +180,7 @@ def test_two_runs_at_once_are_refused(bench_file: Path, finished: Path) -> None:
 
 def run_with(monkeypatch: pytest.MonkeyPatch, folder: Path, stage: object) -> tuple[int, list[dict[str, object]]]:
     run = small_run(folder)
-    monkeypatch.setattr(runner, "_stage", lambda name: stage)
+    monkeypatch.setattr(runner, "_stage", lambda name: lambda run, tasks: [stage(run, task) for task in tasks])  # type: ignore[operator]
     code = runner.run_tasks(run, run.plan.tasks)
     tasks: list[dict[str, object]] = files.read_json(run.tree.status)["tasks"]
     return code, tasks

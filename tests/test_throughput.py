@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,10 +18,10 @@ from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.errors import CheckpointError, DiskError
 from slidesparse.kernels.verify import Check
 from slidesparse.measure import throughput
-from slidesparse.measure.engines.base import DecodeResult, StepResult
+from slidesparse.measure.engines.base import DecodeResult, Limits, StepResult
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Phase, Variant
-from slidesparse.run import Run
+from slidesparse.run import Outcome, Run
 from slidesparse.tuning import search
 from slidesparse.tuning.store import TuningStore
 
@@ -38,10 +39,13 @@ class FakeSession:
 
     vocabulary = 50
     startup_s = 0.25
+    compile_s = 0.5
 
     def __init__(self) -> None:
         self.prompts: list[torch.Tensor] = []
         self.log: Counter[str] = Counter()
+        self.variant: Variant | None = None
+        self.slower = 1.0
         self.lost = 0
         self.fail_at = -1
         self.logits = Check("exact", "logits fine")
@@ -55,7 +59,7 @@ class FakeSession:
             raise MemoryError("no room for 16 tokens")
         self.prompts.append(tokens)
         self.log["steps"] += 1
-        return StepResult(tokens.numel() * 1e-3, tokens.numel() - self.lost, tokens.shape[0])
+        return StepResult(tokens.numel() * 1e-3 * self.slower, tokens.numel() - self.lost, tokens.shape[0])
 
     def decode(self, tokens: torch.Tensor, output_len: int) -> DecodeResult:
         count = tokens.shape[0]
@@ -86,6 +90,7 @@ class FakeEngine:
         self.sessions: list[FakeSession] = []
         self.settings: dict[str, object] = {}
         self.unloadable: Variant | None = None
+        self.room = 1
 
     def require(self, machine: object) -> None:
         pass
@@ -93,10 +98,15 @@ class FakeEngine:
     def versions(self) -> dict[str, str]:
         return {"fake": "1"}
 
-    def open(self, folder: Path, dtype: DType, variant: Variant, store: TuningStore) -> FakeSession:
+    def together(self, folders: Sequence[Path], limits: Limits, machine: object) -> int:
+        self.limits = limits
+        return self.room
+
+    def open(self, folder: Path, dtype: DType, variant: Variant, store: TuningStore, limits: Limits) -> FakeSession:
         if variant == self.unloadable:
             raise MemoryError("model too large")
         session = FakeSession()
+        session.variant = variant
         for name, value in self.settings.items():
             setattr(session, name, value)
         self.sessions.append(session)
@@ -121,6 +131,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     return fake
 
 
+def measure(run: Run, phase: str) -> Outcome:
+    """One of the two tasks, alone."""
+    return throughput.run_tasks(run, [task(run, phase)])[0]
+
+
 def table(run: Run, phase: Phase, variant: Variant = DENSE, dtype: DType = DType.INT8) -> pd.DataFrame:
     return records.read(run.tree.throughput(phase, MODEL, dtype, variant))
 
@@ -131,7 +146,7 @@ def table(run: Run, phase: Phase, variant: Variant = DENSE, dtype: DType = DType
 def test_prefill_figures_follow_the_definition(tmp_path: Path, fake: FakeEngine) -> None:
     """M = 16, prompts of 8: 2 sequences a step, 2 steps: 4 prompts, 32 prompt tokens + 4 outputs in 32 ms."""
     run = small_run(tmp_path)
-    assert throughput.run_task(run, task(run, "prefill")).failed == 0
+    assert measure(run, "prefill").failed == 0
     row = table(run, "prefill").query("M_prefill == 16").iloc[0]
     assert (row["prompt_len"], row["max_num_seqs"], row["num_prompts"], row["N_prefill"]) == (8, 2, 4, 2)
     assert row["elapsed_time_s"] == pytest.approx(0.032)
@@ -141,15 +156,16 @@ def test_prefill_figures_follow_the_definition(tmp_path: Path, fake: FakeEngine)
     assert row["steady_tokens_per_s"] == pytest.approx(1000)
     assert (row["step_ms"], row["tokens_per_step"]) == (pytest.approx(16), 16)
     assert row["ci_low"] == pytest.approx(row["tokens_per_s"]) == row["p20"]
-    assert (row["stop"], row["passes"], row["samples"]) == ("interval", 2, 2)
+    assert (row["stop"], row["passes"], row["samples"]) == ("interval", 1, 2)
     assert (row["verified"], row["check"]) == ("within_bound", "logits fine; layers fine")
-    assert (row["path"], row["startup_s"], row["emulation"]) == ("fake path", 0.25, True)
+    assert (row["path"], row["emulation"]) == ("fake path", True)
+    assert (row["startup_s"], row["compile_s"], row["over_stock"], row["over_dense"]) == (0.25, 0.5, -1, -1)
 
 
 def test_decode_figures_follow_the_definition(tmp_path: Path, fake: FakeEngine) -> None:
     """3 sequences of 4 prompt and 3 output tokens: 12 ms to read, 2 steps of 3 ms."""
     run = small_run(tmp_path)
-    throughput.run_task(run, task(run, "decode"))
+    measure(run, "decode")
     row = table(run, "decode").iloc[0]
     assert (row["M_decode"], row["num_prompts"], row["N_decode"], row["output_len"]) == (3, 3, 3, 3)
     assert row["elapsed_time_s"] == pytest.approx(0.018)
@@ -162,7 +178,7 @@ def test_decode_figures_follow_the_definition(tmp_path: Path, fake: FakeEngine) 
 def test_every_step_has_fresh_prompts_and_runs_repeat_them(tmp_path: Path, fake: FakeEngine) -> None:
     for number in (1, 2):
         run = small_run(tmp_path / str(number))
-        throughput.run_task(run, task(run, "prefill"))
+        measure(run, "prefill")
     first, second = fake.sessions[0].prompts, fake.sessions[4].prompts
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], first[1])
@@ -172,7 +188,7 @@ def test_published_columns_lead(tmp_path: Path, fake: FakeEngine) -> None:
     run = small_run(tmp_path)
     phases: tuple[Phase, ...] = ("prefill", "decode")
     for phase in phases:
-        throughput.run_task(run, task(run, phase))
+        measure(run, phase)
         text = run.tree.throughput(phase, MODEL, DType.FP8, SPARSE).read_text()
         assert text.startswith(PUBLISHED[phase] + ",")
 
@@ -182,7 +198,7 @@ def test_published_columns_lead(tmp_path: Path, fake: FakeEngine) -> None:
 
 def test_one_session_a_variant_and_every_cell_checked_at_its_own_size(tmp_path: Path, fake: FakeEngine) -> None:
     run = small_run(tmp_path)
-    outcome = throughput.run_task(run, task(run, "prefill"))
+    outcome = measure(run, "prefill")
     assert outcome.ok == 8
     assert len(fake.sessions) == 4, "2 types x (dense, 2:8)"
     for session in fake.sessions:
@@ -193,22 +209,93 @@ def test_one_session_a_variant_and_every_cell_checked_at_its_own_size(tmp_path: 
 
 def test_a_second_run_opens_nothing_and_a_new_winner_measures_again(tmp_path: Path, fake: FakeEngine) -> None:
     run = small_run(tmp_path)
-    throughput.run_task(run, task(run, "decode"))
+    measure(run, "decode")
     opened = len(fake.sessions)
-    outcome = throughput.run_task(run, task(run, "decode"))
+    outcome = measure(run, "decode")
     assert outcome.done_before == outcome.ok == 4
     assert len(fake.sessions) == opened
     search.run_task(run, task(run, "tune"))
-    assert throughput.run_task(run, task(run, "decode")).done_before == 0, "tuning decides what runs"
+    assert measure(run, "decode").done_before == 0, "tuning decides what runs"
 
 
 def test_only_missing_cells_are_measured(tmp_path: Path, fake: FakeEngine) -> None:
     few = small_run(tmp_path, prefill={"m": [16], "prompt_cap": 8, "steps": 2, "stopping": QUICK})
-    throughput.run_task(few, task(few, "prefill"))
+    measure(few, "prefill")
     run = small_run(tmp_path)
-    outcome = throughput.run_task(run, task(run, "prefill"))
+    outcome = measure(run, "prefill")
     assert (outcome.ok, outcome.done_before) == (8, 4)
     assert len(table(run, "prefill")) == 2
+
+
+# -- side by side ----------------------------------------------------------------------------------------
+
+
+def test_both_phases_share_one_session_a_variant(tmp_path: Path, fake: FakeEngine) -> None:
+    run = small_run(tmp_path)
+    prefill, decode = throughput.run_tasks(run, [task(run, "prefill"), task(run, "decode")])
+    assert (prefill.ok, decode.ok) == (8, 4)
+    assert len(fake.sessions) == 4
+    assert prefill.seconds
+    assert decode.seconds
+    assert fake.limits.sizes == (3, 4, 16)
+    assert (fake.limits.sequences, fake.limits.positions, fake.limits.cached_tokens) == (3, 9, 21)
+
+
+def test_ratios_are_of_steps_taken_in_turns(tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both variants alive: every round runs a step of each; the sparse one takes 0.8 of the time."""
+    fake.room = 2
+    turns: list[Variant | None] = []
+    genuine = FakeSession.prefill_step
+
+    def step(self: FakeSession, tokens: torch.Tensor) -> StepResult:
+        self.slower = 0.8 if self.variant == SPARSE else 1.0
+        turns.append(self.variant)
+        return genuine(self, tokens)
+
+    monkeypatch.setattr(FakeSession, "prefill_step", step)
+    run = small_run(tmp_path, dtypes=["INT8"])
+    measure(run, "prefill")
+    rounds = [frozenset(turns[i : i + 2]) for i in range(0, len(turns), 2)]
+    assert rounds
+    assert set(rounds) == {frozenset({DENSE, SPARSE})}
+    row = table(run, "prefill", SPARSE).iloc[0]
+    assert row["over_dense"] == pytest.approx(1.25)
+    assert row["over_dense_low"] <= row["over_dense"] <= row["over_dense_high"]
+    assert row["over_stock"] == -1
+    assert table(run, "prefill", DENSE).iloc[0]["over_dense"] == -1
+    first, second = fake.sessions
+    assert all(torch.equal(a, b) for a, b in zip(first.prompts, second.prompts, strict=True)), "the same work"
+
+
+def test_a_missing_cell_is_measured_beside_its_reference_whose_row_stays(tmp_path: Path, fake: FakeEngine) -> None:
+    fake.room = 2
+    fake.unloadable = SPARSE
+    run = small_run(tmp_path, dtypes=["INT8"])
+    measure(run, "prefill")
+    before = table(run, "prefill", DENSE)
+    fake.unloadable = None
+    assert measure(run, "prefill").done_before == 2
+    assert table(run, "prefill", SPARSE).query("status == 'ok'")["over_dense"].tolist() == [1.0, 1.0]
+    pd.testing.assert_frame_equal(table(run, "prefill", DENSE), before)
+
+
+def test_one_that_fails_does_not_stop_those_beside_it(
+    tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.room = 2
+    genuine = FakeSession.prefill_step
+
+    def step(self: FakeSession, tokens: torch.Tensor) -> StepResult:
+        if self.variant == SPARSE and tokens.numel() == 16:
+            raise MemoryError("no room for 16 tokens")
+        return genuine(self, tokens)
+
+    monkeypatch.setattr(FakeSession, "prefill_step", step)
+    run = small_run(tmp_path, dtypes=["INT8"])
+    outcome = measure(run, "prefill")
+    assert (outcome.ok, outcome.failed) == (3, 1)
+    row = table(run, "prefill", SPARSE).set_index("M_prefill").loc[16]
+    assert (row["status"], row["reason"]) == ("failed", "MemoryError: no room for 16 tokens")
 
 
 # -- failures ------------------------------------------------------------------------------------------
@@ -217,40 +304,43 @@ def test_only_missing_cells_are_measured(tmp_path: Path, fake: FakeEngine) -> No
 def test_a_memory_error_ends_its_cell_only(tmp_path: Path, fake: FakeEngine) -> None:
     fake.settings["fail_at"] = 16
     run = small_run(tmp_path)
-    outcome = throughput.run_task(run, task(run, "prefill"))
+    outcome = measure(run, "prefill")
     assert (outcome.ok, outcome.failed, outcome.status) == (4, 4, "failed")
     frame = table(run, "prefill").set_index("M_prefill")
     assert (frame.loc[4, "status"], frame.loc[16, "status"]) == ("ok", "failed")
     assert frame.loc[16, "reason"] == "MemoryError: no room for 16 tokens"
     assert frame.loc[16, "tokens_per_s"] == frame.loc[16, "elapsed_time_s"] == frame.loc[16, "ci_low"] == -1
     fake.settings.clear()
-    assert throughput.run_task(run, task(run, "prefill")).done_before == 4
+    assert measure(run, "prefill").done_before == 4
 
 
 def test_a_variant_that_does_not_load_fails_its_cells_only(tmp_path: Path, fake: FakeEngine) -> None:
     fake.unloadable = SPARSE
     run = small_run(tmp_path)
-    outcome = throughput.run_task(run, task(run, "prefill"))
+    outcome = measure(run, "prefill")
     assert (outcome.ok, outcome.failed) == (4, 4)
     assert set(table(run, "prefill", SPARSE)["reason"]) == {"MemoryError: model too large"}
 
 
-def test_wrong_logits_give_failed_rows_without_numbers(tmp_path: Path, fake: FakeEngine) -> None:
+def test_a_variant_with_wrong_logits_is_measured_but_marked(tmp_path: Path, fake: FakeEngine) -> None:
     fake.settings["logits"] = Check("failed", "logits: relative error 0.7")
     run = small_run(tmp_path)
-    outcome = throughput.run_task(run, task(run, "decode"))
-    assert (outcome.ok, outcome.failed) == (0, 4)
+    outcome = measure(run, "decode")
+    assert (outcome.ok, outcome.failed, outcome.status) == (0, 4, "failed")
     row = table(run, "decode").iloc[0]
-    assert (row["status"], row["verified"], row["tokens_per_s"]) == ("failed", "failed", -1)
+    assert (row["status"], row["verified"]) == ("ok", "failed")
+    assert row["tokens_per_s"] > 0
     assert "relative error 0.7" in row["reason"]
-    assert all(session.closed and not session.log["steps"] for session in fake.sessions), "nothing is timed"
+    fake.settings.clear()
+    again = measure(run, "decode")
+    assert (again.ok, again.done_before) == (4, 0), "a marked cell is not done"
 
 
 def test_steps_that_hold_other_tokens_than_the_cell_are_no_result(tmp_path: Path, fake: FakeEngine) -> None:
     """An engine that splits or pads a step would otherwise report another M's rate."""
     fake.settings["lost"] = 1
     run = small_run(tmp_path)
-    assert throughput.run_task(run, task(run, "prefill")).failed == 8
+    assert measure(run, "prefill").failed == 8
     row = table(run, "prefill").iloc[0]
     assert "steps held [3] tokens" in row["reason"]
     assert row["tokens_per_s"] == -1
@@ -264,14 +354,14 @@ def test_a_missing_checkpoint_is_a_failure_with_its_reason(
 
     monkeypatch.setattr(Checkpoint, "open", missing)
     run = small_run(tmp_path)
-    assert throughput.run_task(run, task(run, "decode")).failed == 4
+    assert measure(run, "decode").failed == 4
     assert table(run, "decode").iloc[0]["reason"] == "Tiny-INT8: no config.json; run prepare first"
 
 
 def test_missing_hardware_is_skipped_once(tmp_path: Path) -> None:
     run = small_run(tmp_path, engine="vllm")
     for _ in range(2):
-        outcome = throughput.run_task(run, task(run, "decode"))
+        outcome = measure(run, "decode")
         assert (outcome.skipped, outcome.failed, outcome.status) == (4, 0, "skipped")
     frame = table(run, "decode")
     assert frame["status"].tolist() == ["skipped"]
@@ -293,7 +383,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_recorded(
 
     monkeypatch.setattr(records, "append", append)
     with pytest.raises(DiskError):
-        throughput.run_task(run, task(run, "prefill"))
+        measure(run, "prefill")
     assert len(table(run, "prefill")) == 1
 
 
@@ -305,7 +395,7 @@ def test_tuned_end_to_end_on_the_transformers_engine(tmp_path: Path) -> None:
     search.run_task(run, task(run, "tune"))
     phases: tuple[Phase, ...] = ("prefill", "decode")
     for phase in phases:
-        outcome = throughput.run_task(run, task(run, phase))
+        outcome = measure(run, phase)
         assert (outcome.failed, outcome.skipped) == (0, 0)
         for dtype in QUANTISED:
             for variant in (DENSE, SPARSE):

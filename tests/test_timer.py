@@ -17,7 +17,7 @@ from slidesparse.machine import Gpu, detect
 from slidesparse.measure import statistics
 from slidesparse.measure.statistics import Interval
 from slidesparse.measure.telemetry import CpuProbe, GpuProbe, Sample, Telemetry, probe
-from slidesparse.measure.timer import Call, WallClock, collect, leading, measure, measure_together, ratio
+from slidesparse.measure.timer import Call, WallClock, leading, measure, measure_together, ratio
 
 
 class FakeClock:
@@ -144,9 +144,14 @@ def test_warm_up_is_thrown_away() -> None:
     assert 50.0 not in measure(lambda: None, rule(warmup_s=0.0), clock).values, "even without warm-up time"
 
 
-def test_samples_that_time_themselves() -> None:
-    values = iter([9.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    assert collect(lambda: next(values), rule(), FakeClock(iter(()))).values == (1.0,) * 5
+def test_other_calls_may_warm_up_a_round_at_a_time() -> None:
+    log: list[str] = []
+    clock = FakeClock(cycle([1.0]))
+    clock.batch = 4
+    calls, short = [lambda: log.append("call")], [lambda: log.append("short")]
+    timed = measure_together(calls, rule(warmup_s=2.5), clock, 0, warm_up=short, before=lambda: log.append("begin"))
+    assert log == ["short"] * 3 + ["begin"] + ["call"] * 8
+    assert len(timed[0].values) == 8, "whole batches only"
 
 
 def test_calls_measured_together_take_turns_in_random_order_and_repeatably() -> None:

@@ -1,277 +1,194 @@
-"""Tasks 4 and 5: prefill and decode throughput through an engine, one session a variant."""
+"""Tasks 4 and 5: prefill and decode throughput through an engine, one session a variant for all M of both phases.
+
+The variants of a model and type are held side by side, as many as fit, and measured in turns (`side_by_side`). Where
+they do not all fit, every group holds the variants that the others are compared with.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import groupby
-from statistics import median
-from typing import Any
 
-import torch
-
-from slidesparse.checkpoint.checkpoint import Checkpoint
-from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
-from slidesparse.errors import DiskError, UnsupportedHere, VerificationError
-from slidesparse.kernels import verify
-from slidesparse.kernels.backend import backend
+from slidesparse.errors import UnsupportedHere
 from slidesparse.kernels.verify import Check
 from slidesparse.measure import telemetry
 from slidesparse.measure.book import RowBook, reason_of
-from slidesparse.measure.engines.base import Engine, Session, StepResult, engine
+from slidesparse.measure.engines.base import Engine, Limits, engine
+from slidesparse.measure.side import Side, first
+from slidesparse.measure.side_by_side import SessionFailed, measure_cell
 from slidesparse.measure.telemetry import PERIOD_S, Telemetry
-from slidesparse.measure.timer import Clock, Samples, WallClock, collect
-from slidesparse.plan import Task, ThroughputCell, Variant, fingerprint
+from slidesparse.measure.timer import Samples, ratio
+from slidesparse.plan import Phase, Task, ThroughputCell, Variant
 from slidesparse.progress import Bar, track
-from slidesparse.rows import DecodeRow, PrefillRow, ThroughputRow
 from slidesparse.run import Outcome, Run
-from slidesparse.tuning.store import TuningStore
-
-CHECK_PROMPTS, CHECK_LENGTH = 4, 12
-"""The fixed prompts of the logits check: sequences and tokens each, drawn with CHECK_SEED."""
-CHECK_SEED = 1234
 
 
-def run_task(run: Run, task: Task) -> Outcome:
-    """Measure all cells of one phase.
+def run_tasks(run: Run, tasks: Sequence[Task]) -> list[Outcome]:
+    """Measure all cells of the tasks together: prefill, decode, or both. Returns one outcome a task.
 
-    A cell that fails, also for want of memory, gets a failed row and the next one follows; a variant that cannot
-    be loaded, or whose logits are wrong, fails all its cells.
+    A cell that fails, also for want of memory, gets a failed row and the next one follows; a variant that cannot be
+    loaded fails all its cells. One whose logits are wrong is measured, but its rows say so and count as failed.
 
     Raises:
         DiskError, RecordError: nothing more can be recorded.
     """
-    outcome = Outcome()
-    cells = [cell for cell in task.cells if isinstance(cell, ThroughputCell)]
-    with track(task.title, len(cells), run.quiet) as bar:
-        for (model, dtype, variant), group in groupby(cells, key=lambda cell: (cell.model, cell.dtype, cell.variant)):
-            _Variant(run, model, dtype, variant, list(group), outcome).measure(bar)
-    return outcome
+    profile = run.plan.profile
+    outcomes = [Outcome(seconds=0.0) for _ in tasks]
+    by_phase: dict[Phase, Outcome] = {}
+    cells: list[ThroughputCell] = []
+    for task, outcome in zip(tasks, outcomes, strict=True):
+        own = [cell for cell in task.cells if isinstance(cell, ThroughputCell)]
+        by_phase |= {cell.phase: outcome for cell in own}
+        cells += own
+    cells.sort(key=lambda cell: (profile.models.index(cell.model), profile.dtypes.index(cell.dtype)))
+    with track(" and ".join(task.title for task in tasks), len(cells), run.quiet) as bar:
+        for (model, dtype), group in groupby(cells, key=lambda cell: (cell.model, cell.dtype)):
+            _Model(run, model, dtype, list(group), by_phase, bar).measure()
+    return outcomes
 
 
-class _Pass:
-    """Runs a cell once a call, and keeps the steps of every pass."""
-
-    def __init__(self, session: Session, cell: ThroughputCell, seed: int) -> None:
-        self._session, self._cell = session, cell
-        self._generator = torch.Generator().manual_seed(seed + cell.m)
-        self.passes: list[tuple[list[StepResult], list[StepResult]]] = []
-        """Steps that read prompts, steps that only generate."""
-
-    def prompts(self) -> torch.Tensor:
-        """Fresh random prompts of one step, int64 [S, P]."""
-        size = (self._cell.sequences, self._cell.prompt_len)
-        return torch.randint(0, self._session.vocabulary, size, generator=self._generator)
-
-    def __call__(self) -> float:
-        """Seconds of one pass: the sum of its steps; making prompts is not counted."""
-        if self._cell.phase == "prefill":
-            prefills = [self._session.prefill_step(self.prompts()) for _ in range(self._cell.steps)]
-            decodes: list[StepResult] = []
-        else:
-            result = self._session.decode(self.prompts(), self._cell.output_len)
-            prefills, decodes = [result.prefill], list(result.steps)
-        self.passes.append((prefills, decodes))
-        return sum(step.seconds for step in (*prefills, *decodes))
-
-
-class _Variant:
-    """The cells of one file: one model, type, variant and phase."""
+class _Model:
+    """All variants of one model and type."""
 
     def __init__(
-        self, run: Run, model: str, dtype: DType, variant: Variant, cells: list[ThroughputCell], outcome: Outcome
+        self,
+        run: Run,
+        model: str,
+        dtype: DType,
+        cells: list[ThroughputCell],
+        outcomes: dict[Phase, Outcome],
+        bar: Bar,
     ) -> None:
-        self._run, self._dtype, self._variant, self._cells, self._outcome = run, dtype, variant, cells, outcome
-        profile = run.plan.profile
-        self._phase = cells[0].phase
-        self._stopping: Stopping = profile.prefill.stopping if self._phase == "prefill" else profile.decode.stopping
-        self._folder = run.plan.checkpoint_folder(model, dtype, variant)
-        self._path = run.tree.throughput(self._phase, model, dtype, variant)
-        self._row: type[ThroughputRow] = PrefillRow if self._phase == "prefill" else DecodeRow
-        self._seed = profile.seed
-        self._clock: Clock = WallClock()
+        self._run, self._model, self._dtype, self._cells = run, model, dtype, cells
+        self._outcomes, self._bar = outcomes, bar
         self._probe = telemetry.probe(run.machine)
+        self._phases = list(dict.fromkeys(cell.phase for cell in cells))
+        self._since = time.monotonic()
 
-    def measure(self, bar: Bar) -> None:
-        with RowBook(self._path) as book:
+    def measure(self) -> None:
+        profile = self._run.plan.profile
+        with ExitStack() as stack:
+            sides = [self._side(variant, stack) for variant in dict.fromkeys(cell.variant for cell in self._cells)]
             try:
-                runs_on = engine(self._run.plan.profile.engine)
+                runs_on = engine(profile.engine)
                 runs_on.require(self._run.machine)
-                side = backend(self._variant.backend)
-                side.require(self._run.machine, self._dtype)
-                store = TuningStore.open(self._run.tree.tuning_store)
-                source = Checkpoint.open(self._folder).fingerprint()
             except UnsupportedHere as error:
-                self._all(self._cells, "skipped", reason_of(error), book, bar)
+                for side in sides:
+                    side.all("skipped", reason_of(error))
                 return
-            except DiskError:
-                raise
-            except Exception as error:
-                self._run.log.error("%s: %s", self._cells[0], reason_of(error))
-                self._all(self._cells, "failed", reason_of(error), book, bar)
-                return
-            families = (side.name, side.activations.name)
-            conditions = (self._stopping, self._seed, source, runs_on.name, runs_on.versions())
-            tuned = store.digest(families, self._dtype)
-            prints = {cell: fingerprint(cell, *conditions, tuned) for cell in self._cells}
-            pending = [cell for cell in self._cells if not book.done(_key(cell), prints[cell])]
-            for cell in self._cells:
-                if cell not in pending:
-                    self._outcome.ok += 1
-                    self._outcome.done_before += 1
-                    bar.advance(note=str(cell))
-            if pending:
-                self._session(pending, prints, runs_on, store, book, bar)
+            limits = _limits(self._cells, profile.vllm.tensor_parallel_size)
+            able = [side for side in sides if side.look(runs_on, limits)]
+            for group in self._groups(able, runs_on, limits):
+                self._measure_group(group, runs_on, limits)
+            self._bill(self._phases[0])
 
-    def _session(
-        self,
-        cells: list[ThroughputCell],
-        prints: dict[ThroughputCell, str],
-        runs_on: Engine,
-        store: TuningStore,
-        book: RowBook,
-        bar: Bar,
-    ) -> None:
-        session: Session | None = None
+    def _side(self, variant: Variant, stack: ExitStack) -> Side:
+        paths = {phase: self._run.tree.throughput(phase, self._model, self._dtype, variant) for phase in self._phases}
+        books = {phase: stack.enter_context(RowBook(path)) for phase, path in paths.items()}
+        own = [cell for cell in self._cells if cell.variant == variant]
+        return Side(self._run, own, books, self._outcomes, self._bar)
+
+    def _groups(self, sides: list[Side], runs_on: Engine, limits: Limits) -> list[list[Side]]:
+        """Sides to hold at a time. Each group begins with those that the others are compared with, if they fit."""
+        pending = [side for side in sides if side.pending]
+        if not pending:
+            return []
+        references = [side for side in sides if side in (first(sides, True), first(sides, False))]
+        room = runs_on.together([side.folder for side in sides], limits, self._run.machine)
+        room = min(room, self._run.plan.profile.vllm.together or room)
+        if room <= len(references):
+            return [[side] for side in pending]
+        others = [side for side in pending if side not in references]
+        step = room - len(references)
+        return [references + others[i : i + step] for i in range(0, len(others), step)] or [references]
+
+    def _measure_group(self, group: list[Side], runs_on: Engine, limits: Limits) -> None:
         try:
-            session = runs_on.open(self._folder, self._dtype, self._variant, store)
-            logits = session.check_logits(_check_prompts(session.vocabulary))
-            if not logits.ok:
-                raise VerificationError(f"check failed: {logits.text}")
-        except DiskError:
-            raise
-        except Exception as error:
-            self._run.log.exception("%s", cells[0])
-            self._all(cells, "failed", reason_of(error), book, bar, prints, isinstance(error, VerificationError))
-            if session is not None:
-                session.close()
-            return
-        for cell in cells:
-            columns = self._columns(cell) | {"fingerprint": prints[cell], "engine": runs_on.name}
-            columns |= {"emulation": backend(self._variant.backend).emulation, "startup_s": session.startup_s}
+            with ThreadPoolExecutor(max_workers=len(group)) as pool:
+                for side, error in zip(group, pool.map(lambda s: s.open(runs_on, limits), group), strict=True):
+                    if error is not None:
+                        side.fail_pending(error)
+            self._bill(self._phases[0])
+            for phase in self._phases:
+                for cells in _by_size(group, phase):
+                    self._measure_size(group, cells)
+                self._bill(phase)
+        finally:
+            for side in group:
+                side.close()
+
+    def _measure_size(self, group: list[Side], cells: dict[Variant, ThroughputCell]) -> None:
+        """The cells of one phase and M: those that are pending, beside the variants that they are compared with."""
+        stock, dense = first(group, True), first(group, False)
+        wanted = [side for side in group if cells[side.variant] in side.pending]
+        sides = [side for side in group if side.session is not None and side in (*wanted, stock, dense)]
+        checks: dict[Side, Check] = {}
+        for side in list(sides):
             try:
-                row = self._row(**(columns | self._cell(cell, session, logits) | self._run.stamp()))
-                self._outcome.ok += 1
-            except DiskError:
-                raise
+                checks[side] = side.check(cells[side.variant])
             except Exception as error:
-                self._run.log.exception("%s", cell)
-                self._outcome.failed += 1
-                if isinstance(error, VerificationError):
-                    columns |= {"verified": "failed", "check": reason_of(error)}
-                row = self._row(**(columns | self._run.stamp()), status="failed", reason=reason_of(error))
-            book.add(row)
-            book.flush()
-            bar.advance(note=str(cell))
-        session.close()
+                sides.remove(side)
+                side.fail(cells[side.variant], error)
+        while any(side in wanted for side in sides):
+            one = sides[-1]
+            try:
+                with Telemetry(self._probe, PERIOD_S) as watch:
+                    measured = measure_cell(
+                        [side.session for side in sides if side.session is not None],
+                        cells[one.variant],
+                        one.stopping(cells[one.variant].phase),
+                        self._run.plan.profile.seed,
+                    )
+            except SessionFailed as failure:
+                lost = sides.pop(failure.place)
+                lost.fail(cells[lost.variant], failure.__cause__ or failure)
+                continue
+            samples = {side: part.samples for side, part in zip(sides, measured, strict=True)}
+            for side, part in zip(sides, measured, strict=True):
+                if side in wanted:
+                    ratios = _ratios(side, {"over_stock": stock, "over_dense": dense}, samples)
+                    side.record(cells[side.variant], part, checks[side], watch, ratios)
+            return
 
-    def _cell(self, cell: ThroughputCell, session: Session, logits: Check) -> dict[str, Any]:
-        """Measured columns of one cell. Raises VerificationError when a layer is wrong or a step holds other tokens."""
-        session.begin()
-        passes = _Pass(session, cell, self._seed)
-        step = session.check_step(passes.prompts(), cell.phase)
-        if not step.ok:
-            raise VerificationError(f"check failed: {step.text}")
-        with Telemetry(self._probe, PERIOD_S) as watch:
-            started = time.monotonic()
-            samples = collect(passes, self._stopping, self._clock)
-            measured = time.monotonic() - started
-        kept = passes.passes[-len(samples.values) :]
-        checked = verify.worst((logits, step))
-        return {
-            **_figures(cell, samples, kept),
-            **watch.columns(),
-            "passes": len(kept),
-            "peak_rss_mib": watch.peak_rss_mib,
-            "warmup_s": samples.warmup_s,
-            "measure_s": measured - samples.warmup_s,
-            "verified": checked.verified,
-            "check": f"{logits.text}; {step.text}",
-            "path": session.path(),
-            "tuning": session.tuning(),
-        }
-
-    def _columns(self, cell: ThroughputCell) -> dict[str, Any]:
-        sparsity = cell.variant.sparsity
-        columns = {
-            f"M_{cell.phase}": cell.m,
-            "prompt_len": cell.prompt_len,
-            "max_num_seqs": cell.sequences,
-            "num_prompts": cell.prompts,
-            f"N_{cell.phase}": cell.steps,
-            "model": cell.model,
-            "dtype": cell.dtype.value,
-            "backend": cell.variant.backend,
-            "sparsity": "" if sparsity is None else str(sparsity),
-        }
-        return columns | ({"output_len": cell.output_len} if cell.phase == "decode" else {})
-
-    def _all(
-        self,
-        cells: list[ThroughputCell],
-        status: Any,
-        reason: str,
-        book: RowBook,
-        bar: Bar,
-        prints: dict[ThroughputCell, str] | None = None,
-        wrong: bool = False,
-    ) -> None:
-        """The same fate for several cells. Skips are recorded once; failures every time."""
-        for cell in cells:
-            conditions = prints[cell] if prints else fingerprint(cell, status, reason)
-            if status == "skipped":
-                self._outcome.skipped += 1
-            else:
-                self._outcome.failed += 1
-            if status != "skipped" or not book.done(_key(cell), conditions):
-                columns = self._columns(cell) | self._run.stamp() | {"fingerprint": conditions}
-                columns |= {"verified": "failed", "check": reason} if wrong else {}
-                book.add(self._row(**columns, status=status, reason=reason))
-            bar.advance(note=str(cell))
+    def _bill(self, phase: Phase) -> None:
+        """The time since the last call goes to this phase; starting engines counts as the first phase's."""
+        now = time.monotonic()
+        outcome = self._outcomes[phase]
+        outcome.seconds = (outcome.seconds or 0.0) + now - self._since
+        self._since = now
 
 
-def _key(cell: ThroughputCell) -> dict[str, object]:
-    return {f"M_{cell.phase}": cell.m}
+def _ratios(side: Side, references: dict[str, Side | None], samples: dict[Side, Samples]) -> dict[str, float]:
+    """Columns of the paired ratios reference / side, for the references that were measured beside it."""
+    columns: dict[str, float] = {}
+    for name, reference in references.items():
+        if reference is not None and reference is not side and reference in samples:
+            over = ratio(samples[reference], samples[side])
+            columns |= {name: over.median, f"{name}_low": over.low, f"{name}_high": over.high}
+    return columns
 
 
-def _check_prompts(vocabulary: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(CHECK_SEED)
-    return torch.randint(0, vocabulary, (CHECK_PROMPTS, CHECK_LENGTH), generator=generator)
+def _by_size(group: list[Side], phase: Phase) -> list[dict[Variant, ThroughputCell]]:
+    """The cells of each M, in the plan's order, by variant."""
+    sizes: dict[int, dict[Variant, ThroughputCell]] = {}
+    for side in group:
+        for cell in side.cells:
+            if cell.phase == phase:
+                sizes.setdefault(cell.m, {})[side.variant] = cell
+    return list(sizes.values())
 
 
-def _figures(
-    cell: ThroughputCell, samples: Samples, passes: list[tuple[list[StepResult], list[StepResult]]]
-) -> dict[str, Any]:
-    """Rates from what the engine counted. Raises VerificationError when a step held other than the cell's tokens."""
-    prefills, decodes = passes[0]
-    prompt_tokens = sum(step.tokens for step in prefills)
-    outputs = sum(step.outputs for step in (*prefills, *decodes))
-    timed = [step for one in passes for step in (one[0] if cell.phase == "prefill" else one[1])]
-    counted = {step.tokens for step in timed}
-    wanted = (cell.prompts * cell.prompt_len, cell.prompts * cell.output_len)
-    if counted != {cell.m} or (prompt_tokens, outputs) != wanted:
-        raise VerificationError(
-            f"check failed: steps held {sorted(counted)} tokens, a pass {prompt_tokens} prompt and {outputs} output "
-            f"tokens; the cell has {cell.m}, {wanted[0]} and {wanted[1]}"
-        )
-    seconds = samples.interval
-    rate = seconds.rate(prompt_tokens + outputs)
-    generating = [sum(step.seconds for step in one[1]) for one in passes]
-    steady = prompt_tokens / seconds.median
-    if cell.phase == "decode":
-        steady = sum(step.outputs for step in decodes) / median(generating)
-    return {
-        "requests_per_s": cell.prompts / seconds.median,
-        "tokens_per_s": rate.median,
-        "elapsed_time_s": seconds.median,
-        **samples.columns(1.0),
-        "p20": (prompt_tokens + outputs) / samples.p80,
-        "p80": (prompt_tokens + outputs) / samples.p20,
-        "ci_low": rate.low,
-        "ci_high": rate.high,
-        "ci_rel": rate.rel,
-        "step_ms": median(step.seconds for step in timed) * 1e3,
-        "tokens_per_step": cell.m,
-        "output_tokens_per_s": outputs / seconds.median,
-        "steady_tokens_per_s": steady,
-    }
+def _limits(cells: Sequence[ThroughputCell], tensor_parallel: int) -> Limits:
+    prefill = tuple(dict.fromkeys((cell.sequences, cell.prompt_len) for cell in cells if cell.phase == "prefill"))
+    decode = [cell for cell in cells if cell.phase == "decode"]
+    return Limits(
+        prefill,
+        tuple(dict.fromkeys(cell.sequences for cell in decode)),
+        decode_prompt=decode[0].prompt_len if decode else 1,
+        decode_output=decode[0].output_len if decode else 1,
+        tensor_parallel=tensor_parallel,
+    )

@@ -111,25 +111,38 @@ def measure(call: Call, stopping: Stopping, clock: Clock) -> Samples:
     return measure_together([call], stopping, clock, 0)[0]
 
 
-def measure_together(calls: Sequence[Call], stopping: Stopping, clock: Clock, seed: int) -> list[Samples]:
+def measure_together(
+    calls: Sequence[Call],
+    stopping: Stopping,
+    clock: Clock,
+    seed: int,
+    warm_up: Sequence[Call] | None = None,
+    before: Callable[[], object] | None = None,
+) -> list[Samples]:
     """Time prepared calls side by side, in random order in each round, so that drift hits all alike.
 
     Sample i of each belongs to round i: `ratio` pairs them. Stops by `interval` when the medians of the last call and
     of the fastest other one, and their ratio, are narrow enough. `cap_s` is for all together.
+
+    Args:
+        warm_up: shorter calls that warm up, a round at a time; the calls themselves if None.
+        before: called between warm-up and the first sample.
     """
     order = random.Random(seed)
     values: list[list[float]] = [[] for _ in calls]
 
-    def rounds() -> float:
-        places = [order.sample(range(len(calls)), len(calls)) for _ in range(clock.batch)]
+    def rounds(of: Sequence[Call] = calls, count: int = clock.batch) -> float:
+        places = [order.sample(range(len(of)), len(of)) for _ in range(count)]
         flat = [place for round_ in places for place in round_]
-        for place, seconds in zip(flat, clock.times([calls[place] for place in flat]), strict=True):
+        for place, seconds in zip(flat, clock.times([of[place] for place in flat]), strict=True):
             values[place].append(max(seconds, SHORTEST_S))
         return sum(own[-1] for own in values)
 
-    warmup_s = _warm_up(rounds, stopping, clock)
+    warmup_s = _warm_up(rounds if warm_up is None else lambda: rounds(warm_up, 1), stopping, clock)
     for own in values:
         own.clear()
+    if before is not None:
+        before()
     start = clock.now()
 
     def narrow() -> bool:
@@ -161,22 +174,6 @@ def leading(candidates: Sequence[Sequence[Call]], clock: Clock, count: int = FIN
     taken = [clock.times(prepared) for _ in range(rounds + 1)][1:]
     seconds = [statistics.percentile(column, 50) for column in zip(*taken, strict=True)]
     return sorted(range(len(candidates)), key=seconds.__getitem__)[:count]
-
-
-def collect(sample: Callable[[], float], stopping: Stopping, clock: Clock) -> Samples:
-    """Samples of something that times itself: each call of `sample` returns the seconds of one."""
-    warmup_s = _warm_up(sample, stopping, clock)
-    values: list[float] = []
-    start = clock.now()
-
-    def narrow() -> bool:
-        return statistics.median_interval(values).rel <= stopping.ci_rel
-
-    stop: Stop | None = None
-    while stop is None:
-        values.append(max(sample(), SHORTEST_S))
-        stop = _stop(len(values), clock.now() - start, stopping, narrow)
-    return Samples(tuple(values), stop, warmup_s, clock.now() - start)
 
 
 def _warm_up(sample: Callable[[], float], stopping: Stopping, clock: Clock) -> float:

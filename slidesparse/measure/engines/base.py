@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,44 @@ from slidesparse.kernels.verify import Check
 from slidesparse.machine import Machine
 from slidesparse.plan import Phase, Variant
 from slidesparse.tuning.store import TuningStore
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a session will be asked for: an engine sizes its buffers and captures its graphs by it."""
+
+    prefill: tuple[tuple[int, int], ...]
+    """Sequences and prompt length of each prefill step."""
+    decode: tuple[int, ...]
+    """Sequences of each decode batch."""
+    decode_prompt: int
+    decode_output: int
+    tensor_parallel: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of every step that will be timed, ascending."""
+        return tuple(sorted({s * p for s, p in self.prefill} | set(self.decode)))
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the largest step, timed or not."""
+        return max([*self.sizes, *(s * self.decode_prompt for s in self.decode)])
+
+    @property
+    def sequences(self) -> int:
+        return max([*(s for s, _ in self.prefill), *self.decode])
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest sequence, prompt and output."""
+        return max([*(p + 1 for _, p in self.prefill), *(self.decode_prompt + self.decode_output for _ in self.decode)])
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the largest batch, over all its sequences: what the KV cache must hold."""
+        decode = max((s * (self.decode_prompt + self.decode_output) for s in self.decode), default=0)
+        return max([decode, *(s * (p + 1) for s, p in self.prefill)])
 
 
 @dataclass(frozen=True)
@@ -47,7 +86,9 @@ class Session(Protocol):
     """A loaded model. Not thread-safe; times are the engine's own, of complete steps."""
 
     startup_s: float
-    """Seconds from opening to ready."""
+    """Seconds from opening to a model in memory."""
+    compile_s: float
+    """Seconds of compilation and graph capture, after that."""
     vocabulary: int
     """Prompts hold tokens 0 to vocabulary - 1."""
 
@@ -87,8 +128,14 @@ class Engine(Protocol):
     def versions(self) -> dict[str, str]:
         """Packages whose version can change what is measured."""
 
-    def open(self, folder: Path, dtype: DType, variant: Variant, store: TuningStore) -> Session:
-        """Load a checkpoint. Raises CheckpointError, MemoryError, UnsupportedHere."""
+    def together(self, folders: Sequence[Path], limits: Limits, machine: Machine) -> int:
+        """How many sessions of these checkpoints fit into the machine's memory side by side, at least 1."""
+
+    def open(self, folder: Path, dtype: DType, variant: Variant, store: TuningStore, limits: Limits) -> Session:
+        """Load a checkpoint; several threads may do so at once.
+
+        Raises CheckpointError, MemoryError, UnsupportedHere.
+        """
 
 
 def engine(name: str) -> Engine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from slidesparse.kernels.backend import backend
 from slidesparse.kernels.linear import W8A8Linear
 from slidesparse.kernels.verify import Check
 from slidesparse.machine import Machine, package_versions
-from slidesparse.measure.engines.base import DecodeResult, StepResult
+from slidesparse.measure.engines.base import DecodeResult, Limits, StepResult
 from slidesparse.measure.engines.model import bias_of, build, plain_codes, reference_model
 from slidesparse.plan import Phase, Variant
 from slidesparse.tuning.store import TuningStore
@@ -51,12 +51,17 @@ class TransformersEngine:
         names = ("torch", "transformers", "numpy", "numba")
         return {name: version for name, version in package_versions().items() if name in names}
 
+    def together(self, folders: Sequence[Path], limits: Limits, machine: Machine) -> int:
+        """One: every session takes all cores."""
+        return 1
+
     def open(
         self,
         folder: Path,
         dtype: DType,
         variant: Variant,
         store: TuningStore | None,
+        limits: Limits | None = None,
         activations: torch.dtype = torch.bfloat16,
     ) -> TransformersSession:
         """Load a prepared or converted checkpoint; plain weights are lifted here, layer by layer."""
@@ -65,6 +70,8 @@ class TransformersEngine:
 
 class TransformersSession:
     """See `base.Session`."""
+
+    compile_s = 0.0
 
     def __init__(
         self,

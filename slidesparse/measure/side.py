@@ -1,0 +1,230 @@
+"""One variant of an end-to-end measurement: its cells, what is pending of them, its session, and its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from slidesparse.checkpoint.checkpoint import Checkpoint
+from slidesparse.config import Stopping
+from slidesparse.errors import DiskError, UnsupportedHere, VerificationError
+from slidesparse.kernels import verify
+from slidesparse.kernels.backend import backend
+from slidesparse.kernels.verify import Check
+from slidesparse.measure.book import RowBook, reason_of
+from slidesparse.measure.engines.base import Engine, Limits, Session
+from slidesparse.measure.side_by_side import Measured, example_prompts, figures
+from slidesparse.measure.telemetry import Telemetry
+from slidesparse.plan import Phase, ThroughputCell, fingerprint
+from slidesparse.progress import Bar
+from slidesparse.rows import DecodeRow, PrefillRow, ThroughputRow
+from slidesparse.run import Outcome, Run
+from slidesparse.tuning.store import TuningStore
+
+STOCK = "vllm"
+"""The backend that leaves the engine's own kernels in place."""
+CHECK_PROMPTS, CHECK_LENGTH = 4, 12
+"""The fixed prompts of the logits check: sequences and tokens each, drawn with CHECK_SEED."""
+CHECK_SEED = 1234
+ROWS: dict[Phase, type[ThroughputRow]] = {"prefill": PrefillRow, "decode": DecodeRow}
+
+
+class Side:
+    """All cells of one variant, of one model and type. Rows go into `books`, counts into `outcomes`, by phase."""
+
+    def __init__(
+        self,
+        run: Run,
+        cells: list[ThroughputCell],
+        books: dict[Phase, RowBook],
+        outcomes: dict[Phase, Outcome],
+        bar: Bar,
+    ) -> None:
+        self._run, self._books, self._outcomes, self._bar = run, books, outcomes, bar
+        self.cells = cells
+        self.variant, self._model, self.dtype = cells[0].variant, cells[0].model, cells[0].dtype
+        self.pending: list[ThroughputCell] = []
+        self._prints: dict[ThroughputCell, str] = {}
+        self._store: TuningStore | None = None
+        self.session: Session | None = None
+        self._logits = Check("not_checked", "")
+
+    @property
+    def stock(self) -> bool:
+        return self.variant.backend == STOCK
+
+    @property
+    def folder(self) -> Path:
+        return self._run.plan.checkpoint_folder(self._model, self.dtype, self.variant)
+
+    def look(self, runs_on: Engine, limits: Limits) -> bool:
+        """Work out what is pending. False where nothing of this variant can run: its rows say why."""
+        try:
+            families = [self.variant.backend]
+            if not self.stock:
+                kernels = backend(self.variant.backend)
+                kernels.require(self._run.machine, self.dtype)
+                families.append(kernels.activations.name)
+            self._store = TuningStore.open(self._run.tree.tuning_store)
+            source = Checkpoint.open(self.folder).fingerprint()
+        except UnsupportedHere as error:
+            self.all("skipped", reason_of(error))
+            return False
+        except DiskError:
+            raise
+        except Exception as error:
+            self._run.log.error("%s: %s", self.cells[0], reason_of(error))
+            self.all("failed", reason_of(error))
+            return False
+        tuned = "" if self.stock else self._store.digest(families, self.dtype)
+        for cell in self.cells:
+            conditions = (self.stopping(cell.phase), self._run.plan.profile.seed, source, runs_on.name)
+            self._prints[cell] = fingerprint(cell, *conditions, runs_on.versions(), tuned, limits.tensor_parallel)
+            if self._books[cell.phase].done(_key(cell), self._prints[cell]):
+                self._outcomes[cell.phase].ok += 1
+                self._outcomes[cell.phase].done_before += 1
+                self._bar.advance(note=str(cell))
+            else:
+                self.pending.append(cell)
+        return True
+
+    def stopping(self, phase: Phase) -> Stopping:
+        profile = self._run.plan.profile
+        return profile.prefill.stopping if phase == "prefill" else profile.decode.stopping
+
+    # -- its session -------------------------------------------------------------------------------------
+
+    def open(self, runs_on: Engine, limits: Limits) -> Exception | None:
+        """Open the session and check its logits; the error, for `fail_pending`, if that did not work."""
+        assert self._store is not None
+        try:
+            self.session = runs_on.open(self.folder, self.dtype, self.variant, self._store, limits)
+            self._logits = self.session.check_logits(_check_prompts(self.session.vocabulary))
+        except Exception as error:
+            self.close()
+            return error
+        if not self._logits.ok:
+            self._run.log.error("%s %s: check failed: %s", self._model, self.variant, self._logits.text)
+        return None
+
+    def close(self) -> None:
+        session, self.session = self.session, None
+        if session is not None:
+            session.close()
+
+    def check(self, cell: ThroughputCell) -> Check:
+        """One step of the cell's size, its layers compared. Raises VerificationError; what the session raises."""
+        assert self.session is not None
+        self.session.begin()
+        found = self.session.check_step(example_prompts(self.session, cell, self._run.plan.profile.seed), cell.phase)
+        if not found.ok:
+            raise VerificationError(f"check failed: {found.text}")
+        return found
+
+    # -- its rows ----------------------------------------------------------------------------------------
+
+    def record(
+        self, cell: ThroughputCell, measured: Measured, step: Check, watch: Telemetry, ratios: dict[str, float]
+    ) -> None:
+        """The row of a measured cell.
+
+        Where the logits are wrong the figures stand, marked: the cell counts as failed, and its fingerprint is
+        another, so that the next run measures it again.
+        """
+        assert self.session is not None
+        try:
+            columns = self._columns(cell) | figures(cell, measured) | watch.columns() | ratios
+        except VerificationError as error:
+            self.fail(cell, error)
+            return
+        columns |= {
+            "peak_rss_mib": watch.peak_rss_mib,
+            "startup_s": self.session.startup_s,
+            "compile_s": self.session.compile_s,
+            "warmup_s": measured.samples.warmup_s,
+            "measure_s": measured.samples.measure_s,
+            "verified": verify.worst((self._logits, step)).verified,
+            "check": f"{self._logits.text}; {step.text}",
+            "path": self.session.path(),
+            "tuning": self.session.tuning(),
+        }
+        if self._logits.ok:
+            self._outcomes[cell.phase].ok += 1
+        else:
+            self._outcomes[cell.phase].failed += 1
+            columns |= {
+                "reason": f"check failed: {self._logits.text}",
+                "fingerprint": fingerprint(self._prints[cell], "check failed"),
+            }
+        self._add(cell, columns)
+
+    def fail(self, cell: ThroughputCell, error: BaseException) -> None:
+        """A failed row, if the cell was asked for. Raises a DiskError on: nothing more can be recorded."""
+        if isinstance(error, DiskError):
+            raise error
+        if cell not in self.pending:
+            return
+        self._run.log.error("%s: %s", cell, reason_of(error), exc_info=error)
+        self._outcomes[cell.phase].failed += 1
+        columns = self._columns(cell) | {"status": "failed", "reason": reason_of(error)}
+        if isinstance(error, VerificationError):
+            columns |= {"verified": "failed", "check": reason_of(error)}
+        self._add(cell, columns)
+
+    def fail_pending(self, error: Exception) -> None:
+        for cell in self.pending:
+            self.fail(cell, error)
+
+    def all(self, status: Literal["failed", "skipped"], reason: str) -> None:
+        """The same fate for every cell. Skips are recorded once; failures every time."""
+        for cell in self.cells:
+            self._prints[cell] = fingerprint(cell, status, reason)
+            outcome = self._outcomes[cell.phase]
+            outcome.skipped += status == "skipped"
+            outcome.failed += status == "failed"
+            if status == "skipped" and self._books[cell.phase].done(_key(cell), self._prints[cell]):
+                self._bar.advance(note=str(cell))
+            else:
+                self._add(cell, self._columns(cell) | {"status": status, "reason": reason})
+
+    def _add(self, cell: ThroughputCell, columns: dict[str, Any]) -> None:
+        book = self._books[cell.phase]
+        book.add(ROWS[cell.phase](**columns))
+        book.flush()
+        self._bar.advance(note=str(cell))
+
+    def _columns(self, cell: ThroughputCell) -> dict[str, Any]:
+        """What every row of the cell says, measured or not."""
+        sparsity = cell.variant.sparsity
+        columns = {
+            f"M_{cell.phase}": cell.m,
+            "prompt_len": cell.prompt_len,
+            "max_num_seqs": cell.sequences,
+            "num_prompts": cell.prompts,
+            f"N_{cell.phase}": cell.steps,
+            "model": cell.model,
+            "dtype": cell.dtype.value,
+            "backend": cell.variant.backend,
+            "sparsity": "" if sparsity is None else str(sparsity),
+            "engine": self._run.plan.profile.engine,
+            "emulation": not self.stock and backend(self.variant.backend).emulation,
+            "fingerprint": self._prints[cell],
+        }
+        return columns | self._run.stamp() | ({"output_len": cell.output_len} if cell.phase == "decode" else {})
+
+
+def first(sides: Iterable[Side], stock: bool) -> Side | None:
+    """The engine's own kernels, or our first dense backend: what the other variants are compared with."""
+    return next((side for side in sides if side.stock == stock and side.variant.sparsity is None), None)
+
+
+def _key(cell: ThroughputCell) -> dict[str, object]:
+    return {f"M_{cell.phase}": cell.m}
+
+
+def _check_prompts(vocabulary: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(CHECK_SEED)
+    return torch.randint(0, vocabulary, (CHECK_PROMPTS, CHECK_LENGTH), generator=generator)

@@ -1,0 +1,177 @@
+"""One end-to-end cell in several sessions side by side: the same step in each, in random order, round after round.
+
+Prefill: a round is one step of M tokens a session; a pass, the published cell, is `cell.steps` of them. Decode: a
+round is a whole batch a session, from its prompts to its last token. So every ratio of two variants is of steps that
+ran one after the other, at the same clocks and temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from slidesparse.config import Stopping
+from slidesparse.errors import VerificationError
+from slidesparse.measure.engines.base import Session, StepResult
+from slidesparse.measure.timer import Call, Samples, WallClock, measure_together
+from slidesparse.plan import ThroughputCell
+
+WARMUP_OUTPUTS = 16
+"""Tokens a sequence of a decode batch that only warms up."""
+
+
+class SessionFailed(Exception):
+    """A session could not run a step; `place` says which of those side by side. The cause is `__cause__`."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(f"session {place} failed")
+        self.place = place
+
+
+@dataclass
+class Measured:
+    """One session's part of a cell."""
+
+    samples: Samples
+    """Seconds of a prefill step, or of a decode batch."""
+    prefills: list[StepResult]
+    decodes: list[StepResult]
+    """Of the samples' rounds, in order."""
+
+
+@dataclass
+class _Rounds:
+    """One session's steps, as calls that time themselves."""
+
+    session: Session
+    cell: ThroughputCell
+    seed: int
+    prefills: list[StepResult] = field(default_factory=list)
+    decodes: list[StepResult] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed + self.cell.m)
+
+    def prompts(self) -> torch.Tensor:
+        """Fresh random prompts of one step, int64 [S, P]; every session draws the same ones."""
+        size = (self.cell.sequences, self.cell.prompt_len)
+        return torch.randint(0, self.session.vocabulary, size, generator=self._generator)
+
+    def __call__(self) -> float:
+        """Seconds of one round; making prompts is not counted."""
+        return self._run(self.cell.output_len)
+
+    def warm_up(self) -> float:
+        return self._run(min(self.cell.output_len, WARMUP_OUTPUTS))
+
+    def _run(self, output_len: int) -> float:
+        if self.cell.phase == "prefill":
+            step = self.session.prefill_step(self.prompts())
+            self.prefills.append(step)
+            return step.seconds
+        result = self.session.decode(self.prompts(), output_len)
+        self.prefills.append(result.prefill)
+        self.decodes.extend(result.steps)
+        return result.seconds
+
+    def forget(self) -> None:
+        self.prefills.clear()
+        self.decodes.clear()
+
+
+class _SelfTimed(WallClock):
+    """For calls that return their own seconds. `batch` rounds are one pass of the cell."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def times(self, calls: Sequence[Call]) -> list[float]:
+        return [float(call()) for call in calls]  # type: ignore[arg-type]
+
+
+def example_prompts(session: Session, cell: ThroughputCell, seed: int) -> torch.Tensor:
+    """The prompts of the cell's first round, int64 [S, P]."""
+    return _Rounds(session, cell, seed).prompts()
+
+
+def measure_cell(sessions: Sequence[Session], cell: ThroughputCell, stopping: Stopping, seed: int) -> list[Measured]:
+    """Measure `cell`'s sizes in every session, whole passes, until the stopping rule is met.
+
+    The rule looks at the last session and at the fastest other one, as for kernels; `cap_s` is for all together.
+
+    Raises:
+        SessionFailed: one of them could not run; nothing is kept.
+    """
+    rounds = [_Rounds(session, cell, seed) for session in sessions]
+    calls = [_blaming(place, own) for place, own in enumerate(rounds)]
+    warm = [_blaming(place, own.warm_up) for place, own in enumerate(rounds)]
+    batch = cell.steps if cell.phase == "prefill" else 1
+
+    def begin() -> None:
+        for own in rounds:
+            own.forget()
+
+    samples = measure_together(calls, stopping, _SelfTimed(batch), seed, warm_up=warm, before=begin)
+    return [Measured(s, own.prefills, own.decodes) for s, own in zip(samples, rounds, strict=True)]
+
+
+def _blaming(place: int, call: Callable[[], float]) -> Call:
+    return partial(_blamed, place, call)
+
+
+def _blamed(place: int, call: Callable[[], float]) -> float:
+    try:
+        return call()
+    except Exception as error:
+        raise SessionFailed(place) from error
+
+
+def figures(cell: ThroughputCell, measured: Measured) -> dict[str, Any]:
+    """Rates of one pass, from what the engine counted. Raises VerificationError when a step held other tokens.
+
+    A pass of a prefill cell takes `cell.steps` times the median step: one slow step is noise, not throughput.
+    """
+    samples, prefills, decodes = measured.samples, measured.prefills, measured.decodes
+    rounds = len(samples.values)
+    prefill = cell.phase == "prefill"
+    steps = cell.steps if prefill else 1
+    timed = prefills if prefill else decodes
+    counted = {step.tokens for step in timed}
+    prompt_tokens = sum(step.tokens for step in prefills) // rounds * steps
+    outputs = sum(step.outputs for step in (*prefills, *decodes)) // rounds * steps
+    wanted = (cell.prompts * cell.prompt_len, cell.prompts * cell.output_len)
+    if counted != {cell.m} or (prompt_tokens, outputs) != wanted:
+        raise VerificationError(
+            f"check failed: steps held {sorted(counted)} tokens, a pass {prompt_tokens} prompt and {outputs} output "
+            f"tokens; the cell has {cell.m}, {wanted[0]} and {wanted[1]}"
+        )
+    seconds = samples.interval.scaled(steps)
+    tokens = prompt_tokens + outputs
+    rate = seconds.rate(tokens)
+    if prefill:
+        steady = prompt_tokens / seconds.median
+    else:
+        a_round = len(decodes) // rounds
+        generating = [sum(s.seconds for s in decodes[i * a_round : (i + 1) * a_round]) for i in range(rounds)]
+        steady = sum(step.outputs for step in decodes) / rounds / median(generating)
+    return {
+        "requests_per_s": cell.prompts / seconds.median,
+        "tokens_per_s": rate.median,
+        "elapsed_time_s": seconds.median,
+        **samples.columns(steps),
+        "p20": tokens / (samples.p80 * steps),
+        "p80": tokens / (samples.p20 * steps),
+        "ci_low": rate.low,
+        "ci_high": rate.high,
+        "ci_rel": rate.rel,
+        "passes": rounds // steps,
+        "step_ms": median(step.seconds for step in timed) * 1e3,
+        "tokens_per_step": cell.m,
+        "output_tokens_per_s": outputs / seconds.median,
+        "steady_tokens_per_s": steady,
+    }
