@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from gemm_doubles import Double
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.errors import CheckpointError, SlideSparseError
 from slidesparse.kernels import operands, verify
-from slidesparse.kernels.backend import Weight
-from slidesparse.kernels.compress import compress
-from slidesparse.kernels.cpu_dense import CpuDense
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Variant
 from slidesparse.vllm_plugin import linear_op
@@ -23,23 +21,6 @@ from slidesparse.vllm_plugin.linear_op import Prepared
 
 N, K = 24, 64
 DENSE, SPARSE = Variant("cublaslt"), Variant("cusparselt", Sparsity(8))
-
-
-class Double(CpuDense):
-    """A GPU backend stood in for by the CPU: as there, a packed weight is one tensor."""
-
-    def __init__(self, name: str, sparse: bool) -> None:
-        self.name, self.sparse = name, sparse  # type: ignore[misc]
-        self.rows: list[int] = []
-
-    def pack(self, codes: torch.Tensor, dtype: DType, layer: str) -> Weight:
-        if self.sparse:
-            compress(codes, layer)  # raises where the lifted weight is not 2:4
-        return super().pack(codes, dtype, layer)
-
-    def gemm(self, x: torch.Tensor, weight: Weight, algorithm: Any, out: torch.Tensor) -> torch.Tensor:
-        self.rows.append(x.shape[0])
-        return super().gemm(x, weight, algorithm, out)
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +107,10 @@ def test_paths_name_what_ran_and_are_counted_from_reset() -> None:
     for m in (3, 16, 17):
         run(operands.activation(m, K, 1), ready)
     assert linear_op.paths() == {
-        f"cublaslt INT8 {N}x{K}": {"M=16: fused > int_mm > fused": 2, "M=32: fused > int_mm > fused": 1}
+        f"cublaslt INT8 {N}x{K}": {
+            "M=16: quantise fused > int_mm > fused": 2,
+            "M=32: quantise fused > int_mm > fused": 1,
+        }
     }
     linear_op.reset()
     assert linear_op.paths() == {f"cublaslt INT8 {N}x{K}": {}}
@@ -142,10 +126,12 @@ def test_the_tuned_algorithm_runs() -> None:
     ready = prepared(DENSE, DType.INT8, store=Store())
     x = operands.activation(5, K, 1)
     y = run(x, ready)
-    assert list(linear_op.paths()[ready.kind]) == ["M=16: torch > float64 > fused"]
+    assert list(linear_op.paths()[ready.kind]) == ["M=16: quantise torch > float64 > fused"]
     another = prepared(DENSE, DType.INT8, store=None)
     assert torch.equal(run(x, another), y)
-    assert list(linear_op.paths()[another.kind]) == ["M=16: fused > int_mm > fused"], "the new model's own store"
+    assert list(linear_op.paths()[another.kind]) == ["M=16: quantise fused > int_mm > fused"], (
+        "the new model's own store"
+    )
 
 
 @pytest.mark.parametrize("variant", [DENSE, SPARSE], ids=str)
@@ -197,7 +183,7 @@ def test_a_size_first_seen_in_a_graph_capture_is_refused(monkeypatch: pytest.Mon
     kind = linear_op._KINDS[ready.kind]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(SlideSparseError, match=r"model\.layers\.0\.mlp\.down_proj: 48 tokens .* captured"):
-        kind._choose(48, False, on_gpu=True)
+        kind._choose(None, False, 48, on_gpu=True)
 
 
 def test_a_weight_that_breaks_the_pattern_is_refused_with_its_layer() -> None:

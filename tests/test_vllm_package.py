@@ -100,8 +100,14 @@ def one(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    processes = [_start(folder, "vllm_ranks.py", str(rank), stub=False) for rank in range(2)]
+    processes = [_start(folder, "vllm_ranks.py", str(rank), "2", stub=False) for rank in range(2)]
     return [_result(process) for process in processes]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    """One rank where tensors are on the platform's device, so that models can be compiled."""
+    return _result(_start(folder, "vllm_ranks.py", "0", "1", stub=False))
 
 
 def value(results: dict[str, Any], scenario: str) -> Any:
@@ -168,14 +174,20 @@ def test_quantised_models_are_right_layer_by_layer_and_as_a_whole(one: dict[str,
 
 def test_the_path_that_ran_can_be_asked_for(one: dict[str, Any]) -> None:
     ran = value(one, "logits")["Tiny-INT8-SlideSparse-2_8 None"]["ran"]
-    shapes = ("128x128", "128x192", "256x128", "384x128")
-    assert ran == {f"cusparselt 2:8 INT8 {shape}": ["M=32: fused > int_mm > fused"] for shape in shapes}
+    rest = "quantise_lift torch > int_mm > fused"
+    assert ran == {
+        "cusparselt 2:8 INT8 128x128": [f"M=32: norm_{rest}"],
+        "cusparselt 2:8 INT8 128x192": [f"M=32: gate_norm_{rest}"],
+        "cusparselt 2:8 INT8 256x128": [f"M=32: add_norm_{rest}", f"M=32: norm_{rest}"],
+        "cusparselt 2:8 INT8 384x128": [f"M=32: add_norm_{rest}"],
+    }, "qkv of the first layer has nothing to add"
 
 
 def test_the_tuning_store_of_the_settings_chooses(one: dict[str, Any]) -> None:
     ran = value(one, "tuned")
-    assert ran["cublaslt INT8 128x192"] == ["M=32: fused > float64 > fused"], "the nearest M of this shape"
-    assert ran["cublaslt INT8 256x128"] == ["M=32: fused > int_mm > fused"], "nothing known: the default"
+    nearest, default = ran["cublaslt INT8 128x192"], ran["cublaslt INT8 384x128"]
+    assert nearest == ["M=32: gate_norm_quantise torch > float64 > fused"], "the nearest M of this shape"
+    assert default == ["M=32: add_norm_quantise torch > int_mm > fused"], "nothing known"
 
 
 def test_layers_hold_the_lifted_codes_of_the_checkpoint(one: dict[str, Any]) -> None:
@@ -193,6 +205,7 @@ def test_layers_hold_the_lifted_codes_of_the_checkpoint(one: dict[str, Any]) -> 
         ("unquantised", ["model.layers.0.self_attn.qkv_proj", "UnquantizedLinearMethod"]),
         ("vLLM's own asked for", ["model.layers.0.self_attn.qkv_proj", "CutlassInt8", "--linear-backend"]),
         ("activation", ["CheckpointError", "hidden_act 'silu'"]),
+        ("LoRA", ["ConfigError", "LoRA", "backend vllm"]),
         ("static INT8", ["CheckpointError: model.layers.0.self_attn.qkv_proj", "scheme"]),
         ("static FP8", ["CheckpointError: model.layers.0.self_attn.qkv_proj", "scheme"]),
     ],
@@ -218,11 +231,25 @@ def test_a_sub_norm_over_two_ranks_is_the_norm_of_the_whole_row(ranks: list[dict
         assert value(rank, "sub_norm") < 1e-5
 
 
-def test_the_model_is_one_graph_for_every_m(ranks: list[dict[str, Any]]) -> None:
+def test_the_model_is_one_graph_for_every_m(alone: dict[str, Any]) -> None:
+    found = value(alone, "compiled")
+    assert found["same"] == [True] * 3
+    per_graph = {"norm_linear": 1 + 2, "add_norm_linear": 1 + 2, "gate_norm_linear": 2}
+    assert found["operators of each graph"] == [per_graph], "one graph; qkv of the first layer has nothing to add"
+
+
+def test_on_two_ranks_sub_norms_stay_apart_and_the_paths_say_so(ranks: list[dict[str, Any]]) -> None:
+    """The other ranks' squares are needed between norm and quantise."""
+    rest = "quantise_lift torch > int_mm > fused"
     for rank in ranks:
         found = value(rank, "compiled")
         assert found["same"] == [True] * 3
-        assert found["linears of each graph"] == [8], "one graph, four merged linears in each of two layers"
+        assert found["operators of each graph"] == [{"norm_linear": 1, "add_norm_linear": 1 + 2, "linear": 4}]
+        ran = {name: list(paths) for name, paths in found["ran"].items()}
+        apart = ["M=32: quantise_lift fused > int_mm > fused"]
+        assert ran["cusparselt 2:8 INT8 128x64"] == ran["cusparselt 2:8 INT8 128x96"] == apart, "o and down"
+        assert ran["cusparselt 2:8 INT8 192x128"] == [f"M=32: add_norm_{rest}"]
+        assert ran["cusparselt 2:8 INT8 128x128"] == [f"M=32: add_norm_{rest}", f"M=32: norm_{rest}"]
 
 
 def test_a_cut_through_a_group_names_the_layer(ranks: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ Runs in a process of its own (`vllm_scenarios.py`), whose platform vLLM has take
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,27 @@ def logits(config: VllmConfig, model: Any, tokens: torch.Tensor) -> torch.Tensor
         hidden = model(tokens, torch.arange(tokens.numel()))
         out: torch.Tensor = model.compute_logits(hidden)
     return out.float()
+
+
+def compiled(config: VllmConfig, model: Any, prompts: list[torch.Tensor]) -> dict[str, Any]:
+    """A decoder as one graph, M symbolic, on several prompts: same values as without; operators of ours per graph."""
+    calls = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        names = Counter(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("slidesparse."))
+        calls.append({name.split(".")[1]: count for name, count in names.items()})
+        return graph.forward
+
+    whole = torch.compile(lambda ids, positions: model(ids, positions, None), fullgraph=True, backend=count)
+    same = []
+    for ids in prompts:
+        positions = torch.arange(ids.numel())
+        with building(config), torch.inference_mode():
+            expected = model(ids, positions, None)
+            torch._dynamo.mark_dynamic(ids, 0)
+            torch._dynamo.mark_dynamic(positions, 0)
+            same.append(torch.equal(whole(ids, positions), expected))
+    return {"same": same, "operators of each graph": calls}
 
 
 def start(folder: Path, rank: int, ranks: int) -> None:

@@ -1,6 +1,6 @@
-"""What `test_vllm_package.py` asks of the real vLLM on two ranks, each a process on vLLM's CPU platform.
+"""What `test_vllm_package.py` asks of the real vLLM on two ranks (and on one), each a process on vLLM's CPU platform.
 
-    python vllm_ranks.py FOLDER RANK
+    python vllm_ranks.py FOLDER RANK RANKS
 
 For two ranks the CUDA platform opens NCCL; `vllm_checks.cpu_platform` is installed as a plugin instead.
 FOLDER and the output are as in `vllm_scenarios.py`.
@@ -23,13 +23,14 @@ from vllm_checks import TOKENS, distance, fault, merged, outcome, tokens
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.kernels import operands
 from slidesparse.measure.engines.model import reference_model
+from slidesparse.vllm_plugin import linear_op
 
 
-class Two:
-    """Tensor parallelism: this process is one of two ranks."""
+class Ranks:
+    """Tensor parallelism: this process is one of the ranks."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
+    def __init__(self, folder: Path, rank: int, ranks: int) -> None:
+        self.folder, self.rank, self.ranks = folder, rank, ranks
 
     def sub_norm(self) -> float:
         """Largest difference of the sharded norm from the whole one, over this rank's columns."""
@@ -75,24 +76,12 @@ class Two:
     def compiled(self) -> dict[str, Any]:
         """The whole decoder as one graph, M symbolic, at three M: vLLM compiles it so."""
         place = self.folder / "checkpoints_slidesparse/Tiny-INT8-SlideSparse-2_8"
-        config = vllm_on_cpu.configure(place, None, tensor_parallel_size=2)
-        model = vllm_on_cpu.load(config).model
-        calls = []
-
-        def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-            calls.append(str(graph.graph).count("slidesparse.linear"))
-            return graph.forward
-
-        compiled = torch.compile(lambda ids, positions: model(ids, positions, None), fullgraph=True, backend=count)
-        same = []
-        for m in (TOKENS, 7, 19):
-            ids, positions = tokens()[:m].clone(), torch.arange(m)
-            with vllm_on_cpu.building(config), torch.inference_mode():
-                expected = model(ids, positions, None)
-                torch._dynamo.mark_dynamic(ids, 0)
-                torch._dynamo.mark_dynamic(positions, 0)
-                same.append(torch.equal(compiled(ids, positions), expected))
-        return {"same": same, "linears of each graph": calls}
+        config = vllm_on_cpu.configure(place, None, tensor_parallel_size=self.ranks)
+        model = vllm_on_cpu.load(config)
+        found = vllm_on_cpu.compiled(config, model.model, [tokens()[:m].clone() for m in (TOKENS, 7, 19)])
+        linear_op.reset()
+        vllm_on_cpu.logits(config, model, tokens())
+        return found | {"ran": linear_op.paths()}
 
     def cut(self) -> str:
         """2:6 groups of 64 columns a rank."""
@@ -101,14 +90,15 @@ class Two:
         return fault(lambda: vllm_on_cpu.load(config))
 
 
-def main(folder: Path, rank: int) -> dict[str, object]:
+def main(folder: Path, rank: int, ranks: int) -> dict[str, object]:
     vllm.plugins.load_general_plugins()
     for kernels in (registry._POSSIBLE_INT8_KERNELS, registry._POSSIBLE_FP8_KERNELS):
         kernels[PlatformEnum.CPU] = kernels[PlatformEnum.CUDA]  # ours are registered for CUDA
-    vllm_on_cpu.start(folder, rank, 2)
-    s = Two(folder, rank)
-    return {scenario.__name__: outcome(scenario) for scenario in (s.sub_norm, s.models, s.compiled, s.cut)}
+    vllm_on_cpu.start(folder, rank, ranks)
+    s = Ranks(folder, rank, ranks)
+    scenarios = (s.compiled,) if ranks == 1 else (s.sub_norm, s.models, s.compiled, s.cut)
+    return {scenario.__name__: outcome(scenario) for scenario in scenarios}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

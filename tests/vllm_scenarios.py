@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vllm_checks import distance, fault, merged, outcome, tokens
 
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.checkpoint.lift import lift_weight
-from slidesparse.kernels import verify
+from slidesparse.kernels import bitnet_reference, verify
 from slidesparse.measure.engines.model import reference_model
 from slidesparse.tuning.store import TuningStore, Winner
 
@@ -141,7 +142,8 @@ class One:
                 module.register_forward_hook(
                     lambda _, given, out, layer=layer: seen.__setitem__(layer, (given[0], out[0]))  # type: ignore
                 )
-        found = vllm_on_cpu.logits(config, model, tokens())
+        with self._fused(model, seen):
+            found = vllm_on_cpu.logits(config, model, tokens())
         expected = reference_model(checkpoint, torch.bfloat16)(input_ids=tokens()[None], use_cache=False).logits[0]
         ran = paths_that_ran(model)
         kinds = {kernel.partition(" ")[2] for kernel in linear_kernels(model).values()}
@@ -150,6 +152,45 @@ class One:
             "layers": {layer: self._check(checkpoint, layer, *values) for layer, values in seen.items()},
             "ran": {kind: list(ran[kind]) for kind in sorted(kinds)},
         }
+
+    @staticmethod
+    @contextmanager
+    def _fused(model: Any, seen: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+        """Keeps, of every linear that runs with the norm before it, what that norm gives in plain PyTorch, and y."""
+        from slidesparse.vllm_plugin import bitnet
+
+        names = {id(module): name for name, module in model.named_modules()}
+        genuine = bitnet.norm_linear, bitnet.add_norm_linear, bitnet.gate_norm_linear
+
+        def keep(norm: Any, x: torch.Tensor, linear: Any, y: torch.Tensor) -> None:
+            weight = norm.weight, norm.variance_epsilon
+            normed = bitnet_reference.normalise(x, bitnet_reference.inverse_rms(x, weight[1]), weight[0])
+            seen[names[id(linear)]] = normed, y
+
+        def norm_linear(norm: Any, x: torch.Tensor, linear: Any) -> torch.Tensor:
+            y = genuine[0](norm, x, linear)
+            keep(norm, x, linear, y)
+            return y
+
+        def add_norm_linear(
+            norm: Any, x: torch.Tensor, residual: torch.Tensor, linear: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            y, total = genuine[1](norm, x, residual, linear)
+            assert torch.equal(total, x + residual)
+            keep(norm, total, linear, y)
+            return y, total
+
+        def gate_norm_linear(norm: Any, gate_up: torch.Tensor, linear: Any) -> torch.Tensor:
+            y = genuine[2](norm, gate_up, linear)
+            keep(norm, bitnet_reference.squared_relu_gate(gate_up), linear, y)
+            return y
+
+        ours = norm_linear, add_norm_linear, gate_norm_linear
+        try:
+            bitnet.norm_linear, bitnet.add_norm_linear, bitnet.gate_norm_linear = ours
+            yield
+        finally:
+            bitnet.norm_linear, bitnet.add_norm_linear, bitnet.gate_norm_linear = genuine
 
     @staticmethod
     def _check(checkpoint: Checkpoint, layer: str, x: torch.Tensor, y: torch.Tensor) -> str:
@@ -203,6 +244,7 @@ class One:
             "unquantised": lambda: self.model("Tiny-BF16", {"backend": "cublaslt"}),
             "vLLM's own asked for": lambda: self.model("Tiny-INT8", {"backend": "cublaslt"}, linear_backend="cutlass"),
             "activation": lambda: self.model("Tiny-INT8", hf_overrides={"hidden_act": "silu"}),
+            "LoRA": lambda: self.model("Tiny-INT8", {"backend": "cublaslt"}, enable_lora=True),
             "static INT8": lambda: self.model("Static-INT8", {"backend": "cublaslt"}, weights=False),
             "static FP8": lambda: self.model("Static-FP8", {"backend": "cublaslt"}, weights=False),
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,10 +19,24 @@ import torch
 from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere
 from slidesparse.kernels import reference, verify
+from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.machine import Machine
 from slidesparse.pattern import Sparsity
 
 ActivationOperation = Literal["quantise", "quantise_lift", "dequantise_bias"]
+NormKernel = Callable[
+    [torch.Tensor, torch.Tensor | None, torch.Tensor, float, torch.Tensor, torch.Tensor], torch.Tensor | None
+]
+"""(x, residual, norm weight, eps, codes!, scale!) -> x + residual, or None where nothing is added.
+
+x bfloat16 [M, K] ([M, 2 K] before a gate), residual like x or None, weight [K]; writes codes [M, K'] and scale [M, 1].
+"""
+
+
+def operation_name(before: BitNetOperation | None, lift: bool) -> str:
+    """What a tuning store and the records call the step before a GEMM: `add_norm_quantise_lift`, `quantise`."""
+    fused = "" if before is None else {"norm": "norm_", "add": "add_norm_", "gate": "gate_norm_"}[before]
+    return f"{fused}quantise_lift" if lift else f"{fused}quantise"
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,24 @@ class Activations(ABC):
         algorithm: Algorithm,
     ) -> torch.Tensor:
         """acc [M, N], scales float32 [M, 1] and [N, 1], bias float32 [N] -> [M, N] of `out_dtype`."""
+
+    @property
+    def norm_family(self) -> str:
+        """What a tuning store calls the fused BitNet kernels: they have sources of their own."""
+        return f"{self.name}_bitnet"
+
+    @abstractmethod
+    def norm_algorithms(self, k: int) -> tuple[Algorithm, ...]:
+        """Candidates of `norm_kernel` for rows of K values, the default first. Raises ValueError for rows too long."""
+
+    @abstractmethod
+    def norm_kernel(
+        self, before: BitNetOperation, dtype: DType, sparsity: Sparsity | None, k: int, algorithm: Algorithm
+    ) -> NormKernel:
+        """One of the fused BitNet operations (`bitnet_reference`), ready to be called at any M.
+
+        Raises ValueError where it cannot take rows of K values.
+        """
 
 
 class Backend(ABC):
@@ -157,6 +190,8 @@ class Backend(ABC):
 ACTIVATION_SOURCES = {
     "cpu": ("cpu_activations", "e4m3"),
     "triton": ("triton_activations", "triton_dequantise", "triton_launch"),
+    "cpu_bitnet": ("bitnet_reference", "reference"),
+    "triton_bitnet": ("triton_bitnet", "triton_bf16", "triton_lift", "triton_activations", "triton_launch"),
 }
 """Modules of this folder that hold the kernels of a family of activations."""
 

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 
 from slidesparse.dtypes import DType
-from slidesparse.kernels import reference
-from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm
+from slidesparse.kernels import bitnet_reference, reference
+from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm, NormKernel
+from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.kernels.e4m3 import encode_bits
 from slidesparse.pattern import Sparsity
 
@@ -58,6 +59,38 @@ class CpuActivations(Activations):
         added = np.empty(0, dtype=np.float32) if bias is None else bias.float().numpy()
         _dequantise(acc.numpy(), scale_token.reshape(-1).numpy(), scale_channel.reshape(-1).numpy(), added, out)
         return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+
+    def norm_algorithms(self, k: int) -> tuple[Algorithm, ...]:
+        return (TORCH,)
+
+    def norm_kernel(
+        self, before: BitNetOperation, dtype: DType, sparsity: Sparsity | None, k: int, algorithm: Algorithm
+    ) -> NormKernel:
+        """`bitnet_reference` itself."""
+
+        def run(
+            x: torch.Tensor,
+            residual: torch.Tensor | None,
+            weight: torch.Tensor,
+            eps: float,
+            codes: torch.Tensor,
+            scale: torch.Tensor,
+        ) -> torch.Tensor | None:
+            total: torch.Tensor | None = None
+            if before == "add":
+                assert residual is not None
+                found, token_scale, total = bitnet_reference.add_norm_quantise_lift(
+                    x, residual, weight, eps, dtype, sparsity
+                )
+            elif before == "gate":
+                found, token_scale = bitnet_reference.gate_norm_quantise_lift(x, weight, eps, dtype, sparsity)
+            else:
+                found, token_scale = bitnet_reference.norm_quantise_lift(x, weight, eps, dtype, sparsity)
+            codes.copy_(found)
+            scale.copy_(token_scale)
+            return total
+
+        return run
 
 
 def _quantise_torch(x: torch.Tensor, dtype: DType, columns: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

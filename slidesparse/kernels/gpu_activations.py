@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from slidesparse.dtypes import DType
-from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm
+from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm, NormKernel
+from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.pattern import Sparsity
 
 
@@ -45,3 +46,37 @@ class TritonActivations(Activations):
             raise ValueError(f"the Triton kernel writes bfloat16, not {out_dtype}")
         launch = DEQUANTISE_LAUNCHES[algorithm.alg_id]
         return operators.dequantise_bias(acc, scale_token, scale_channel, bias, launch)
+
+    def norm_algorithms(self, k: int) -> tuple[Algorithm, ...]:
+        from slidesparse.kernels.triton_bitnet import launches
+
+        return tuple(Algorithm(place, f"{one.words}x{one.warps}") for place, one in enumerate(launches(k)))
+
+    def norm_kernel(
+        self, before: BitNetOperation, dtype: DType, sparsity: Sparsity | None, k: int, algorithm: Algorithm
+    ) -> NormKernel:
+        """The kernels themselves, not as torch operators: the caller is one."""
+        from slidesparse.kernels import triton_bitnet as kernels
+        from slidesparse.kernels.triton_activations import lifted_width
+
+        lifted_width(k, dtype, sparsity)  # raises
+        launch = kernels.launches(k)[algorithm.alg_id]
+
+        def run(
+            x: torch.Tensor,
+            residual: torch.Tensor | None,
+            weight: torch.Tensor,
+            eps: float,
+            codes: torch.Tensor,
+            scale: torch.Tensor,
+        ) -> torch.Tensor | None:
+            if before == "add":
+                assert residual is not None
+                return kernels.add_norm_quantise_lift(x, residual, weight, eps, dtype, sparsity, launch, codes, scale)[
+                    2
+                ]
+            kernel = kernels.gate_norm_quantise_lift if before == "gate" else kernels.norm_quantise_lift
+            kernel(x, weight, eps, dtype, sparsity, launch, codes, scale)
+            return None
+
+        return run

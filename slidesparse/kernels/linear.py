@@ -13,9 +13,10 @@ from torch import nn
 from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError
 from slidesparse.kernels import operands
-from slidesparse.kernels.backend import ActivationOperation, Algorithm, Weight, backend, named
+from slidesparse.kernels.backend import Algorithm, NormKernel, Weight, backend, named, operation_name
+from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.pattern import Sparsity
-from slidesparse.plan import Operation, Variant
+from slidesparse.plan import Variant
 
 
 class LookUp(Protocol):
@@ -23,7 +24,7 @@ class LookUp(Protocol):
 
     def find(
         self,
-        operation: Operation,
+        operation: str,
         family: str,
         dtype: DType,
         sparsity: Sparsity | None,
@@ -40,6 +41,8 @@ class Choice:
     quantise: Algorithm
     gemm: Algorithm
     dequantise: Algorithm
+    before: BitNetOperation | None = None
+    """What `quantise` does besides: a fused BitNet kernel."""
     scaled: Algorithm | None = None
     """A GEMM with scales and bias in its epilogue: it stands for `gemm` and `dequantise`."""
 
@@ -56,12 +59,15 @@ class Recipe:
         """k: columns before lifting; operand_k: columns of the packed weight (K' of a sparse backend)."""
         self.backend = backend(variant.backend)
         self.variant, self.dtype, self.n, self.k, self.store = variant, dtype, n, k, store
-        self._operand_k = operand_k
+        self.operand_k = operand_k
 
-    def choices(self, m: int, bias: bool) -> list[Choice]:
-        """The tuned choice at M tokens; with the epilogue in a second kernel first, then fused where it can be."""
-        split = self._choose(m)
-        scaled = self.backend.scaled_algorithms(self.dtype, m, self.n, self._operand_k, bias)
+    def choices(self, m: int, bias: bool, before: BitNetOperation | None = None) -> list[Choice]:
+        """The tuned choice at M tokens; with the epilogue in a second kernel first, then fused where it can be.
+
+        before: what is fused with quantising x.
+        """
+        split = self._choose(m, before)
+        scaled = self.backend.scaled_algorithms(self.dtype, m, self.n, self.operand_k, bias)
         return [split, *(replace(split, scaled=algorithm) for algorithm in scaled)]
 
     def run(
@@ -99,17 +105,26 @@ class Recipe:
         self.backend.gemm(codes, weight, choice.gemm, acc)
         return self.backend.activations.dequantise_bias(acc, token_scale, scale, bias, out_dtype, choice.dequantise)
 
-    def _choose(self, m: int) -> Choice:
-        gemm: Operation = "sparse_gemm" if self.backend.sparse else "dense_gemm"
-        quantise: ActivationOperation = "quantise_lift" if self.backend.sparse else "quantise"
+    def norm_kernel(self, choice: Choice) -> NormKernel:
+        """What quantises x before the GEMM of a choice that has a `before`. Raises ValueError for such a K."""
+        assert choice.before is not None
         activations = self.backend.activations
+        return activations.norm_kernel(choice.before, self.dtype, self.variant.sparsity, self.k, choice.quantise)
+
+    def _choose(self, m: int, before: BitNetOperation | None) -> Choice:
+        activations = self.backend.activations
+        if before is None:
+            family = activations.name
+            candidates = activations.algorithms("quantise_lift" if self.backend.sparse else "quantise", self.dtype)
+        else:
+            family, candidates = activations.norm_family, activations.norm_algorithms(self.k)
         return Choice(
-            self._best(quantise, activations.name, (m, 0, self.k), activations.algorithms(quantise, self.dtype)),
+            self._best(operation_name(before, self.backend.sparse), family, (m, 0, self.k), candidates),
             self._best(
-                gemm,
+                "sparse_gemm" if self.backend.sparse else "dense_gemm",
                 self.backend.name,
                 (m, self.n, self.k),
-                self.backend.algorithms(self.dtype, m, self.n, self._operand_k),
+                self.backend.algorithms(self.dtype, m, self.n, self.operand_k),
             ),
             self._best(
                 "dequantise_bias",
@@ -117,10 +132,11 @@ class Recipe:
                 (m, self.n, 0),
                 activations.algorithms("dequantise_bias", self.dtype),
             ),
+            before,
         )
 
     def _best(
-        self, operation: Operation, family: str, size: tuple[int, int, int], candidates: tuple[Algorithm, ...]
+        self, operation: str, family: str, size: tuple[int, int, int], candidates: tuple[Algorithm, ...]
     ) -> Algorithm:
         if self.store is None:
             return candidates[0]

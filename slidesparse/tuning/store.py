@@ -19,7 +19,7 @@ from slidesparse.kernels.backend import activation_revision
 from slidesparse.kernels.gemm_library import loaded_versions
 from slidesparse.machine import package_versions
 from slidesparse.pattern import Sparsity
-from slidesparse.plan import Operation, fingerprint
+from slidesparse.plan import fingerprint
 
 FORMAT = 1
 KERNEL_PACKAGES = (
@@ -110,7 +110,7 @@ class TuningStore:
 
     def find(
         self,
-        operation: Operation,
+        operation: str,
         family: str,
         dtype: DType,
         sparsity: Sparsity | None,

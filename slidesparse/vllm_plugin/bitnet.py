@@ -3,6 +3,14 @@
     h += o_proj(attn_sub_norm(attention(norm(h))))
     h += down_proj(ffn_sub_norm(relu(gate_proj(n))**2 * up_proj(n)))        n = norm(h)
 
+With vLLM's own linears (backend `vllm`) every operation is vLLM's. With ours, each linear is one operator with all that
+stands between it and the one before, attention aside:
+
+    add + norm + quantise (+ lift) > qkv     norm + quantise (+ lift) > o
+    add + norm + quantise (+ lift) > gate_up     squared-ReLU gate + norm + quantise (+ lift) > down
+
+On several ranks o and down keep their norms apart, because those need the other ranks' squares.
+
 The model function of `transformers` (`BitNetForCausalLM`); the linears carry no bias, their weights are ternary codes
 with a scale, which is the business of the checkpoint's quantisation, not of this file.
 """
@@ -23,7 +31,8 @@ from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.utils import set_weight_attrs
 
-from slidesparse.errors import CheckpointError
+from slidesparse.errors import CheckpointError, ConfigError
+from slidesparse.vllm_plugin.fused import add_norm_linear, gate_norm_linear, norm_linear
 from slidesparse.vllm_plugin.linear_kernels import selection
 from slidesparse.vllm_plugin.model_paths import require_ours
 
@@ -54,6 +63,17 @@ def sub_norm(size: int, eps: float) -> nn.Module:
     return RMSNorm(size, eps=eps) if ranks == 1 else ShardedRMSNorm(size, eps, ranks)
 
 
+def runs_on_ours() -> bool:
+    """Whether the model that vLLM is building now runs on linears of ours."""
+    chosen = selection()
+    return chosen is not None and chosen.ours
+
+
+def fuses_sub_norms() -> bool:
+    """Whether sub-norms, too, are part of the operator of the linear behind them."""
+    return runs_on_ours() and get_tensor_model_parallel_world_size() == 1
+
+
 class BitNetMLP(nn.Module):
     """hidden [M, hidden] -> [M, hidden]."""
 
@@ -68,9 +88,16 @@ class BitNetMLP(nn.Module):
         )
         self.act_fn = ReLUSquaredActivation()
         self.ffn_sub_norm = sub_norm(inner, config.rms_norm_eps)
+        self.fused = fuses_sub_norms()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(hidden)[0].chunk(2, dim=-1)
+        return self.from_gate_up(self.gate_up_proj(hidden)[0])
+
+    def from_gate_up(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[M, 2 inner] -> [M, hidden]: all but the first linear."""
+        if self.fused:
+            return gate_norm_linear(self.ffn_sub_norm, gate_up, self.down_proj)
+        gate, up = gate_up.chunk(2, dim=-1)
         out: torch.Tensor = self.down_proj(self.ffn_sub_norm(self.act_fn(gate) * up))[0]
         return out
 
@@ -81,17 +108,24 @@ class BitNetAttention(LlamaAttention):
     def __init__(self, config: Any, hidden_size: int, num_heads: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, hidden_size, num_heads, *args, **kwargs)
         self.attn_sub_norm = sub_norm(self.total_num_heads * self.head_dim, config.rms_norm_eps)
+        self.fused = fuses_sub_norms()
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(hidden_states)[0]
+        return self.from_qkv(positions, self.qkv_proj(hidden_states)[0])
+
+    def from_qkv(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+        """positions [M], [M, q + 2 kv] -> [M, hidden]: all but the first linear."""
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        out: torch.Tensor = self.o_proj(self.attn_sub_norm(self.attn(q, k, v)))[0]
+        attended = self.attn(q, k, v)
+        if self.fused:
+            return norm_linear(self.attn_sub_norm, attended, self.o_proj)
+        out: torch.Tensor = self.o_proj(self.attn_sub_norm(attended))[0]
         return out
 
 
 class BitNetDecoderLayer(LlamaDecoderLayer):
-    """`forward` is Llama's; the parts are BitNet's."""
+    """`forward` is Llama's where the linears are vLLM's own; the parts are BitNet's."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
         nn.Module.__init__(self)  # Llama's own would build an MLP, which refuses every activation but silu
@@ -114,20 +148,39 @@ class BitNetDecoderLayer(LlamaDecoderLayer):
         self.mlp = BitNetMLP(config, quant_config, f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.fused = runs_on_ours()
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [M], [M, hidden] twice -> what this layer adds, and the sum before it."""
+        if not self.fused:
+            out: tuple[torch.Tensor, torch.Tensor] = super().forward(positions, hidden_states, residual)
+            return out
+        attention, mlp = self.self_attn, self.mlp
+        if residual is None:
+            residual = hidden_states
+            qkv = norm_linear(self.input_layernorm, hidden_states, attention.qkv_proj)
+        else:
+            qkv, residual = add_norm_linear(self.input_layernorm, hidden_states, residual, attention.qkv_proj)
+        hidden_states = attention.from_qkv(positions, qkv)
+        gate_up, residual = add_norm_linear(self.post_attention_layernorm, hidden_states, residual, mlp.gate_up_proj)
+        return mlp.from_gate_up(gate_up), residual
 
 
 class BitNetForCausalLM(LlamaForCausalLM):
     """Weights as prepare and convert (layout plain) write them; loaded by Llama's loader."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Raises CheckpointError for another activation; SlideSparseError as `model_paths.require_ours` does."""
+        """Raises CheckpointError for another activation, ConfigError for LoRA; as `model_paths.require_ours` does."""
         config = vllm_config.model_config
         if config.hf_config.hidden_act != ACTIVATION:
             raise CheckpointError(
                 f"{config.model}: hidden_act {config.hf_config.hidden_act!r}; BitNet has {ACTIVATION!r}, and a model "
                 f"relabelled as BitNet gives noise"
             )
+        if runs_on_ours() and vllm_config.lora_config is not None:
+            raise ConfigError(f"{config.model}: our linears take no LoRA; leave it out, or choose backend vllm")
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BitNetDecoderLayer)
-        chosen = selection()
-        if chosen is not None and chosen.ours:
+        if runs_on_ours():
             require_ours(self)

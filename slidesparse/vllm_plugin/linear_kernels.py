@@ -32,6 +32,7 @@ from slidesparse.kernels.backend import backend
 from slidesparse.machine import detect
 from slidesparse.tuning.store import TuningStore
 from slidesparse.vllm_plugin import linear_op
+from slidesparse.vllm_plugin.fused import KIND
 from slidesparse.vllm_plugin.settings import Selection, select
 from slidesparse.vllm_plugin.shards import require_whole_groups
 
@@ -97,6 +98,7 @@ class _OurLinear:
         replace_parameter(layer, "weight", nn.Parameter(ready.weight, requires_grad=False))
         replace_parameter(layer, "weight_scale", nn.Parameter(ready.scale, requires_grad=False))
         self.kind = ready.kind
+        setattr(layer, KIND, ready.kind)
 
     def apply_weights(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K_rank] -> [..., N]; quantises x as well."""

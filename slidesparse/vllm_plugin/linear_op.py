@@ -1,9 +1,14 @@
-"""One linear layer as one operator: opaque to torch.compile, M symbolic, safe in CUDA graphs.
+"""Linear layers as operators: opaque to torch.compile, M symbolic, safe in CUDA graphs.
 
     slidesparse::linear(x, weight, scale, bias?, kind) -> y
+    slidesparse::norm_linear(x, norm, eps, weight, scale, bias?, kind) -> y
+    slidesparse::add_norm_linear(x, residual, norm, eps, weight, scale, bias?, kind) -> (y, x + residual)
+    slidesparse::gate_norm_linear(gate_up, norm, eps, weight, scale, bias?, kind) -> y
 
-`weight` is the packed form of a backend as one tensor; `kind` is a string such as `cusparselt 2:8 INT8 2560x6912`,
-which all linears of one shape share: graphs of equal layers are equal, and vLLM compiles one of them.
+The first quantises x (and lifts it) by a kernel of its own; the others by the fused BitNet kernel that norms x as well
+(formulas: `kernels/bitnet_reference.py`). `weight` is the packed form of a backend as one tensor; `kind` is a string
+such as `cusparselt 2:8 INT8 2560x6912`, which all linears of one shape share: graphs of equal layers are equal, and
+vLLM compiles one of them.
 
 Algorithms are looked up inside, once for each kind and bucket of M (`buckets`), at a bucket's first call. That call
 also makes the library's plan and compiles the Triton kernels, so it must come before a graph is captured: vLLM runs
@@ -20,7 +25,8 @@ from torch.nn.functional import pad
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import SlideSparseError
-from slidesparse.kernels.backend import Weight
+from slidesparse.kernels.backend import NormKernel, Weight, operation_name
+from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.kernels.gemm_ops import NAMESPACE
 from slidesparse.kernels.linear import Choice, LookUp, Recipe, W8A8Linear
 from slidesparse.plan import Variant
@@ -29,11 +35,23 @@ from slidesparse.vllm_plugin.buckets import bucket
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a layer keeps: operands of the operator."""
+    """What a layer keeps: operands of the operators."""
 
     weight: torch.Tensor
     scale: torch.Tensor
     kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a bucket of M runs."""
+
+    size: int
+    choice: Choice
+    norm: NormKernel | None
+    """Quantises x, if something is fused with that."""
+    path: tuple[int, str]
+    """What the calls are counted under."""
 
 
 class Kind:
@@ -43,33 +61,75 @@ class Kind:
         """form: a packed weight of that shape; its data is not kept."""
         self.recipe = recipe
         self._form = replace(form, data=None)
-        self._choices: dict[tuple[int, bool], Choice] = {}
+        self._buckets: dict[tuple[BitNetOperation | None, bool, int], Plan] = {}
+        self._plans: dict[tuple[BitNetOperation | None, bool, int], Plan] = {}
+        """The same by M itself: one look-up a call."""
         self.layers: dict[str, None] = {}
         """Names, in order."""
         self.calls: Counter[tuple[int, str]] = Counter()
         """Calls by bucket and path. A replay of a captured graph is no call: the capture was one."""
 
-    def __call__(
+    def linear(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
+        """x [M, K] -> [M, N]."""
         m = x.shape[0]
-        size = bucket(max(m, 1))
-        choice = self._choices.get((size, bias is not None)) or self._choose(size, bias is not None, x.is_cuda)
-        tokens = x.contiguous() if m == size else pad(x, (0, 0, 0, size - m))
+        plan = self._plans.get((None, bias is not None, m)) or self._plan(None, bias is not None, m, x.is_cuda)
+        recipe, choice = self.recipe, plan.choice
+        tokens = x.contiguous() if m == plan.size else pad(x, (0, 0, 0, plan.size - m))
         # One tensor serves both epilogues: kernels that want float32 widen it, those that want bfloat16 take it.
-        y = self.recipe.run(tokens, replace(self._form, data=weight), scale, bias, bias, choice)
-        self.calls[size, str(choice)] += 1
+        y = recipe.run(tokens, replace(self._form, data=weight), scale, bias, bias, choice)
+        self.calls[plan.path] += 1
         return y[:m]
 
-    def _choose(self, size: int, bias: bool, on_gpu: bool) -> Choice:
+    def normed(
+        self,
+        before: BitNetOperation,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [M, K] ([M, 2 K] before a gate) -> [M, N], and x + residual where there is one."""
+        m = x.shape[0]
+        plan = self._plans.get((before, bias is not None, m)) or self._plan(before, bias is not None, m, x.is_cuda)
+        recipe, size = self.recipe, plan.size
+        # Rows of a product do not see each other: those past M may hold anything, and are cut off.
+        codes = torch.empty(size, recipe.operand_k, dtype=recipe.dtype.torch, device=x.device)
+        token_scale = torch.empty(size, 1, dtype=torch.float32, device=x.device)
+        written = (codes, token_scale) if m == size else (codes[:m], token_scale[:m])
+        assert plan.norm is not None
+        other = None if residual is None else residual.contiguous()
+        total = plan.norm(x.contiguous(), other, norm, eps, *written)
+        y = recipe.multiply(codes, token_scale, replace(self._form, data=weight), scale, bias, bias, plan.choice)
+        self.calls[plan.path] += 1
+        return y if m == size else y[:m], total
+
+    def _plan(self, before: BitNetOperation | None, bias: bool, m: int, on_gpu: bool) -> Plan:
+        size = bucket(max(m, 1))
+        plan = self._buckets.get((before, bias, size))
+        if plan is None:
+            plan = self._buckets[before, bias, size] = self._choose(before, bias, size, on_gpu)
+        self._plans[before, bias, m] = plan
+        return plan
+
+    def _choose(self, before: BitNetOperation | None, bias: bool, size: int, on_gpu: bool) -> Plan:
+        layer = next(iter(self.layers))
         if on_gpu and torch.cuda.is_current_stream_capturing():
             raise SlideSparseError(
-                f"{next(iter(self.layers))}: {size} tokens come for the first time while a CUDA graph is captured; "
+                f"{layer}: {size} tokens come for the first time while a CUDA graph is captured; "
                 f"run that size once before capturing"
             )
-        # The last choice fuses the epilogue where the library can: one pass over the output less.
-        choice = self._choices[size, bias] = self.recipe.choices(size, bias)[-1]
-        return choice
+        try:
+            # The last choice fuses the epilogue where the library can: one pass over the output less.
+            choice = self.recipe.choices(size, bias, before)[-1]
+            norm = None if before is None else self.recipe.norm_kernel(choice)
+        except ValueError as error:
+            raise SlideSparseError(f"{layer}: {error}") from None
+        return Plan(size, choice, norm, (size, f"{operation_name(before, self.recipe.backend.sparse)} {choice}"))
 
 
 _KINDS: dict[str, Kind] = {}
@@ -98,7 +158,7 @@ def prepare(
 
 
 def paths() -> dict[str, dict[str, int]]:
-    """What ran in this process since `reset`: kind -> `M=bucket: algorithms` -> calls."""
+    """What ran in this process since `reset`: kind -> `M=bucket: operation, algorithms` -> calls."""
     return {
         name: {f"M={size}: {path}": count for (size, path), count in sorted(kind.calls.items())}
         for name, kind in _KINDS.items()
@@ -121,9 +181,86 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, kind: str
 ) -> torch.Tensor:
     """x bfloat16 [M, K], packed weight, scale float32 [N, 1], bias [N] -> bfloat16 [M, N]."""
-    return _KINDS[kind](x, weight, scale, bias)
+    return _KINDS[kind].linear(x, weight, scale, bias)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::norm_linear", mutates_args=())
+def norm_linear(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+) -> torch.Tensor:
+    """`linear` of the RMSNorm of x, norm weight [K]."""
+    return _KINDS[kind].normed("norm", x, None, norm, eps, weight, scale, bias)[0]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::add_norm_linear", mutates_args=())
+def add_norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`norm_linear` of x + residual, both bfloat16 [M, K]; their sum comes last."""
+    y, total = _KINDS[kind].normed("add", x, residual, norm, eps, weight, scale, bias)
+    assert total is not None
+    return y, total
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gate_norm_linear", mutates_args=())
+def gate_norm_linear(
+    gate_up: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+) -> torch.Tensor:
+    """`norm_linear` of max(gate, 0)**2 * up, from bfloat16 [M, 2 K], gate first."""
+    return _KINDS[kind].normed("gate", gate_up, None, norm, eps, weight, scale, bias)[0]
 
 
 @linear.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
+    return _output(x, scale)
+
+
+@norm_linear.register_fake
+@gate_norm_linear.register_fake
+def _(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+) -> torch.Tensor:
+    return _output(x, scale)
+
+
+@add_norm_linear.register_fake
+def _(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _output(x, scale), x.new_empty(x.shape)
+
+
+def _output(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x.new_empty((x.shape[0], scale.shape[0]))
