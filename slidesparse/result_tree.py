@@ -58,6 +58,9 @@ class ResultTree:
     def linear(self, model: str, dtype: DType) -> Path:
         return self.root / "benchmark_linear" / f"linear_{model}-{dtype.suffix}.csv"
 
+    def step_profile(self, model: str, dtype: DType) -> Path:
+        return self.root / "step_profile" / f"steps_{model}-{dtype.suffix}.csv"
+
     @property
     def calibration(self) -> Path:
         return self.root / "calibration" / "rates.csv"

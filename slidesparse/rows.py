@@ -356,8 +356,51 @@ class CalibrationRow(TimedRow):
     """What was issued, e.g. `wgmma.mma_async.sp m64n256k64, A and B in shared memory`."""
 
 
+class StepRow(Row):
+    """One category of GPU kernels in one profiled engine step; the categories' times add up to `step_us`.
+
+    What the work needs at least is stated as operations and bytes, once for each group of categories (the same in all
+    rows of a group): `measure/step_categories.py` has both lists, the report the rates.
+    """
+
+    KEY = ("phase", "M", "backend", "sparsity", "category")
+
+    phase: str
+    M: int
+    backend: str
+    sparsity: str = ""
+    category: str
+    us: float = UNMEASURED
+    share: float = UNMEASURED
+    """Of `step_us`."""
+    calls: int = -1
+    """Kernel launches."""
+    kinds: int = -1
+    """Different kernels."""
+    kernels: str = ""
+    """The longest ones: `NAME: 12.3 us in 30; ...`."""
+    step_us: float = UNMEASURED
+    """The whole step while the profiler was on, which may slow it down: `step_ms` of the throughput row is without."""
+    busy_us: float = UNMEASURED
+    """Time of it in which any kernel ran."""
+    layers: str = ""
+    """Products: names and shapes N x K of one block, of this rank: `qkv 3840x2560; ...`."""
+    blocks: int = -1
+    rows: int = -1
+    """M of these products."""
+    operands: str = ""
+    """Type of the operands of the products, or of the attention's."""
+    operations: int = -1
+    """Attention: multiplications and additions. -1: none counted."""
+    bytes_moved: int = -1
+    """Bytes read and written at least. -1: products, whose bytes follow from `layers`, or no bound is stated."""
+    engine: str = ""
+    path: str = ""
+
+
 _ROW_TYPES: tuple[type[Row], ...] = (
     PrepareRow, ConvertRow, ConvertLayerRow, TuneRow, PrefillRow, DecodeRow, KernelRow, LinearRow, CalibrationRow,
+    StepRow,
 )  # fmt: skip
 FLAG_COLUMNS = frozenset(
     name for row in _ROW_TYPES for name, field in row.model_fields.items() if field.annotation is bool
