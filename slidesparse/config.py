@@ -33,7 +33,7 @@ def _one_of(*allowed: DType) -> BeforeValidator:
 QuantisedDType = Annotated[DType, _one_of(DType.INT8, DType.FP8)]
 FloatDType = Annotated[DType, _one_of(DType.BF16, DType.FP16)]
 Source = Literal["hub", "local", "synthetic"]
-Backend = Literal["cpu_dense", "cpu_sparse", "vllm", "cublaslt", "cusparselt", "fused"]
+Backend = Literal["cpu_dense", "cpu_sparse", "vllm", "cublaslt", "cusparselt", "cutlass", "auto", "fused"]
 EngineName = Literal["transformers", "vllm"]
 
 
@@ -166,6 +166,13 @@ class Linear(_Section):
     stopping: Stopping
 
 
+class StepProfiles(_Section):
+    """Cells of which one more step is run under the profiler, in every variant: where its time goes."""
+
+    prefill_m: tuple[Positive, ...] = ()
+    decode_m: tuple[Positive, ...] = ()
+
+
 class Calibrate(_Section):
     """How long each rate is measured for."""
 
@@ -226,6 +233,7 @@ class Profile(_Section):
     decode: Decode
     kernel: Kernel
     linear: Linear | None = None
+    step_profiles: StepProfiles = StepProfiles()
     calibrate: Calibrate = Calibrate()
 
     @property
@@ -264,6 +272,13 @@ def _check_profile(name: str, profile: Profile, models: dict[str, Model]) -> Non
             raise ValueError(
                 f"profiles.{name}.models: unknown model {model_name!r}; the catalogue has: {', '.join(models)}"
             )
+        for phase, asked, measured in (
+            ("prefill", profile.step_profiles.prefill_m, profile.prefill.m),
+            ("decode", profile.step_profiles.decode_m, profile.decode.m),
+        ):
+            extra = sorted(set(asked) - set(measured))
+            if extra:
+                raise ValueError(f"profiles.{name}.step_profiles.{phase}_m: {extra[0]} is not in {phase}.m")
         limit = models[model_name].max_positions
         decode = profile.decode.prompt_len + profile.decode.output_len
         prefill = max((min(m, profile.prefill.prompt_cap) for m in profile.prefill.m), default=0) + 1
