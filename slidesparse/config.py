@@ -172,6 +172,9 @@ class StepProfiles(_Section):
     prefill_m: tuple[Positive, ...] = ()
     decode_m: tuple[Positive, ...] = ()
 
+    def sizes(self, phase: Literal["prefill", "decode"]) -> tuple[int, ...]:
+        return self.prefill_m if phase == "prefill" else self.decode_m
+
 
 class Calibrate(_Section):
     """How long each rate is measured for."""

@@ -51,6 +51,10 @@ def refusal(tmp_path: Path, old: str, new: str) -> tuple[str, int]:
         ("[2:12, 2:14,", "[2:12, 2:18,", "profiles.smoke.sparsity.kernel_low.1", "L must be even, 4 to 16"),
         ("[2:12, 2:14,", "[2:12, half,", "profiles.smoke.sparsity.kernel_low.1", "write Z:L, for example 2:8"),
         # impossible sizes
+        (
+            "    linear:\n      m: [16, 64]", "    step_profiles: {decode_m: [9]}\n    linear:\n      m: [16, 64]",
+            "profiles.smoke.step_profiles.decode_m", "9 is not in decode.m",
+        ),
         ("m: [16, 64, 128]", "m: [16, 64, 100]", "profiles.smoke.prefill.m", "100 is impossible.*multiple of it"),
         ("m: [16, 64, 128]", "m: [16, 0, 128]", "profiles.smoke.prefill.m.1", r"greater than 0 \(got 0\)"),
         ("m: [2, 8]", "m: [2, -8]", "profiles.smoke.decode.m.1", r"greater than 0 \(got -8\)"),

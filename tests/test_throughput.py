@@ -19,6 +19,7 @@ from slidesparse.errors import CheckpointError, DiskError
 from slidesparse.kernels.verify import Check
 from slidesparse.measure import throughput
 from slidesparse.measure.engines.base import DecodeResult, Limits, StepResult
+from slidesparse.measure.step_profile import KernelTime, StepProfile
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Phase, Variant
 from slidesparse.run import Outcome, Run
@@ -72,6 +73,11 @@ class FakeSession:
     def check_step(self, tokens: torch.Tensor, phase: Phase) -> Check:
         self.log[f"check {phase} {tuple(tokens.shape)}"] += 1
         return Check("within_bound", "layers fine")
+
+    def profile_step(self, tokens: torch.Tensor, phase: Phase) -> StepProfile | None:
+        if phase == "decode":
+            raise RuntimeError("no profiler")
+        return StepProfile((KernelTime("flash_fwd_kernel", 30.0, 2),), 40.0)
 
     def path(self) -> str:
         return "fake path"
@@ -296,6 +302,18 @@ def test_one_that_fails_does_not_stop_those_beside_it(
     assert (outcome.ok, outcome.failed) == (3, 1)
     row = table(run, "prefill", SPARSE).set_index("M_prefill").loc[16]
     assert (row["status"], row["reason"]) == ("failed", "MemoryError: no room for 16 tokens")
+
+
+def test_steps_of_the_named_sizes_are_profiled(tmp_path: Path, fake: FakeEngine) -> None:
+    run = small_run(tmp_path, dtypes=["INT8"], step_profiles={"prefill_m": [16], "decode_m": [3]})
+    outcomes = throughput.run_tasks(run, [task(run, "prefill"), task(run, "decode")])
+    assert [outcome.failed for outcome in outcomes] == [0, 0], "a profiler that fails costs no cell"
+    frame = records.read(run.tree.step_profile(MODEL, DType.INT8))
+    assert set(frame["phase"]) == {"prefill"}
+    assert set(frame["M"]) == {16}
+    assert set(frame["backend"]) == {"cpu_dense", "cpu_sparse"}
+    dense = frame.query("backend == 'cpu_dense'").set_index("category")["us"]
+    assert (dense["attention"], dense["idle"]) == (30.0, 10.0)
 
 
 # -- failures ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from slidesparse import records
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.config import Stopping
 from slidesparse.errors import DiskError, UnsupportedHere, VerificationError
@@ -17,6 +18,7 @@ from slidesparse.kernels.verify import Check
 from slidesparse.measure.book import RowBook, reason_of
 from slidesparse.measure.engines.base import Engine, Limits, Session
 from slidesparse.measure.side_by_side import Measured, example_prompts, figures
+from slidesparse.measure.step_profile import step_rows
 from slidesparse.measure.telemetry import Telemetry
 from slidesparse.plan import Phase, ThroughputCell, fingerprint
 from slidesparse.progress import Bar
@@ -160,6 +162,29 @@ class Side:
                 "fingerprint": fingerprint(self._prints[cell], "check failed"),
             }
         self._add(cell, columns)
+
+    def profile(self, cell: ThroughputCell, tensor_parallel: int) -> None:
+        """Rows of where one more step's time goes, if the engine can tell. An error is logged and costs no cell."""
+        assert self.session is not None
+        path = self._run.tree.step_profile(cell.model, cell.dtype)
+        try:
+            found = self.session.profile_step(
+                example_prompts(self.session, cell, self._run.plan.profile.seed), cell.phase
+            )
+            if found is None:
+                return
+            stamp = self._run.stamp() | {
+                "fingerprint": self._prints[cell],
+                "engine": self._run.plan.profile.engine,
+                "path": self.session.path(),
+            }
+            context = cell.prompt_len + (cell.phase == "decode")
+            model = self._run.plan.bench.models[cell.model]
+            records.append(path, step_rows(found, cell, model, context, stamp, tensor_parallel))
+        except DiskError:
+            raise
+        except Exception as error:
+            self._run.log.error("%s: no profile of a step: %s", cell, reason_of(error), exc_info=error)
 
     def fail(self, cell: ThroughputCell, error: BaseException) -> None:
         """A failed row, if the cell was asked for. Raises a DiskError on: nothing more can be recorded."""

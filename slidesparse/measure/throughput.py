@@ -152,6 +152,10 @@ class _Model:
                 if side in wanted:
                     ratios = _ratios(side, {"over_stock": stock, "over_dense": dense}, samples)
                     side.record(cells[side.variant], part, checks[side], watch, ratios)
+            profile = self._run.plan.profile
+            for side in wanted:
+                if side in sides and cells[side.variant].m in profile.step_profiles.sizes(cells[side.variant].phase):
+                    side.profile(cells[side.variant], profile.vllm.tensor_parallel_size)
             return
 
     def _bill(self, phase: Phase) -> None:

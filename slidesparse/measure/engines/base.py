@@ -13,6 +13,7 @@ from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere
 from slidesparse.kernels.verify import Check
 from slidesparse.machine import Machine
+from slidesparse.measure.step_profile import StepProfile
 from slidesparse.plan import Phase, Variant
 from slidesparse.tuning.store import TuningStore
 
@@ -106,6 +107,9 @@ class Session(Protocol):
 
     def check_step(self, tokens: torch.Tensor, phase: Phase) -> Check:
         """Run one untimed step of the very size that is timed, and check what its linear layers gave."""
+
+    def profile_step(self, tokens: torch.Tensor, phase: Phase) -> StepProfile | None:
+        """The GPU kernels of one step as `check_step` runs it; None where there is no GPU to profile."""
 
     def path(self) -> str:
         """The code path that ran since `begin`."""

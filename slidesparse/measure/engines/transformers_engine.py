@@ -174,6 +174,9 @@ class TransformersSession:
         found = verify.worst(checks)
         return Check(found.verified, f"{len(checks)} layer outputs: {found.text}")
 
+    def profile_step(self, tokens: torch.Tensor, phase: Phase) -> None:
+        """There is no GPU."""
+
     def path(self) -> str:
         ran = sorted({path for linear in self._linears for path in linear.paths})
         side = backend(self._variant.backend)
