@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidesparse.dtypes import QUANTISED, DType
-from slidesparse.errors import CheckpointError, SlideSparseError
+from slidesparse.errors import CheckpointError, SlideSparseError, UnsupportedHere
 from slidesparse.kernels import operands, verify
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Variant
@@ -199,5 +199,5 @@ def test_a_backend_without_an_algorithm_is_an_error(
     doubles: dict[str, Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doubles["cublaslt"], "algorithms", lambda *size: ())
-    with pytest.raises(SlideSparseError, match=f"cublaslt has no algorithm for cublaslt INT8 {N}x{K}"):
+    with pytest.raises(UnsupportedHere, match=f"cublaslt has no algorithm for cublaslt INT8 {N}x{K}"):
         prepared(DENSE, DType.INT8)

@@ -163,13 +163,15 @@ def test_bitnet_is_the_model_that_transformers_has(one: dict[str, Any]) -> None:
 
 def test_quantised_models_are_right_layer_by_layer_and_as_a_whole(one: dict[str, Any]) -> None:
     found = value(one, "logits")
-    assert len(found) == 8
+    assert len(found) == 11
     for name, of in found.items():
         kind = "FP8" if "FP8" in name else "INT8"
         assert of["distance"] < LOGITS_BOUND[kind], name
         assert len(of["layers"]) == 8, "four merged linears in each of two decoder layers"
-        wanted = "exact" if kind == "INT8" else "within_bound"
-        assert set(of["layers"].values()) == {wanted}, name
+        wanted = {"within_bound"} if kind == "FP8" else {"exact"}
+        if "cutlass" in name:
+            wanted = {"exact", "within_bound"}  # its scales come in another order
+        assert set(of["layers"].values()) <= wanted, name
 
 
 def test_the_path_that_ran_can_be_asked_for(one: dict[str, Any]) -> None:

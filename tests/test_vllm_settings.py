@@ -92,6 +92,7 @@ def test_a_section_selects_its_pattern_by_itself() -> None:
     [
         ({"backend": "cublaslt"}, None, Variant("cublaslt")),
         ({"backend": "cublaslt"}, section(), Variant("cublaslt")),
+        ({"backend": "cutlass"}, None, Variant("cutlass")),
         ({"backend": "vllm"}, section(), Variant("vllm")),
         ({"backend": "cusparselt", "sparsity": "2:inf"}, None, Variant("cusparselt", Sparsity(None))),
         ({"backend": "cusparselt", "sparsity": "2:8"}, section(), Variant("cusparselt", Sparsity(8))),
@@ -108,7 +109,11 @@ def test_what_is_selected(value: object, sparse: dict[str, Any] | None, expected
 @pytest.mark.parametrize(
     ("value", "sparse", "parts"),
     [
-        ({"backend": "cutlass"}, None, ["slidesparse.backend", "'vllm', 'cublaslt' or 'cusparselt'", "cutlass"]),
+        (
+            {"backend": "marlin"},
+            None,
+            ["slidesparse.backend", "'vllm', 'cublaslt', 'cutlass' or 'cusparselt'", "marlin"],
+        ),
         ({"backend": "cpu_dense"}, None, ["slidesparse.backend"]),
         ({"bakend": "cublaslt"}, None, ["slidesparse.bakend", "allowed here: backend, sparsity, tuning"]),
         ({"backend": "cusparselt", "sparsity": "2:7"}, None, ["slidesparse.sparsity", "L must be even"]),
@@ -119,6 +124,7 @@ def test_what_is_selected(value: object, sparse: dict[str, Any] | None, expected
         ({"backend": "cusparselt", "sparsity": "2:6"}, section(), ["2:6", "Tiny holds 2:8"]),
         ({"backend": "cublaslt", "sparsity": "2:8"}, section(), ["cublaslt is dense"]),
         ({"backend": "vllm", "sparsity": "2:8"}, None, ["vllm is dense"]),
+        ({"backend": "cutlass", "sparsity": "2:8"}, section(), ["cutlass is dense"]),
         ({"backend": "cublaslt", "tuning": "/no/such/winners.json"}, None, ["slidesparse.tuning", "/no/such"]),
     ],
 )

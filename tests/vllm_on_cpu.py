@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gemm_doubles import CutlassDouble, Double, scaled_product
 from small_runs import MACHINE
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -22,36 +23,20 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from slidesparse.dtypes import DType
 from slidesparse.kernels import backend as backends
-from slidesparse.kernels import linear
-from slidesparse.kernels.backend import Backend, Weight
-from slidesparse.kernels.compress import compress
-from slidesparse.kernels.cpu_dense import CpuDense
+from slidesparse.kernels import cutlass, linear
+from slidesparse.kernels.backend import Backend
 from slidesparse.vllm_plugin import linear_kernels
 
-
-class DenseDouble(CpuDense):
-    name = "cublaslt"
-
-
-class SparseDouble(CpuDense):
-    """Keeps the lifted weight as it is, after proof that it is 2:4: one tensor, as on a GPU."""
-
-    name = "cusparselt"
-    sparse = True
-
-    def pack(self, codes: torch.Tensor, dtype: DType, layer: str) -> Weight:
-        compress(codes, layer)
-        return super().pack(codes, dtype, layer)
-
-
-DOUBLES: dict[str, Backend] = {"cublaslt": DenseDouble(), "cusparselt": SparseDouble()}
+DOUBLES: dict[str, Backend] = {
+    "cublaslt": Double("cublaslt", False), "cusparselt": Double("cusparselt", True), "cutlass": CutlassDouble()
+}  # fmt: skip
 
 
 def use_doubles() -> None:
     linear.backend = linear_kernels.backend = lambda name: DOUBLES.get(name) or backends.backend(name)  # type: ignore
     linear_kernels.detect = lambda: MACHINE  # type: ignore[assignment]
+    cutlass._scaled_product = lambda: scaled_product  # type: ignore[assignment]
 
 
 class CausalAttention(nn.Module):

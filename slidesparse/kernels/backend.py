@@ -130,6 +130,10 @@ class Backend(ABC):
     device: ClassVar[Literal["cpu", "cuda"]]
     """Where its operands lie."""
     activations: Activations
+    scaled_only: ClassVar[bool] = False
+    """True: there is `gemm_scaled` and no `gemm`."""
+    exact_epilogue: ClassVar[bool] = True
+    """False: `gemm_scaled` applies scales and bias in another order than `reference.dequantise_bias`."""
 
     @abstractmethod
     def require(self, machine: Machine, dtype: DType) -> None:
@@ -232,6 +236,10 @@ def backend(name: str) -> Backend:
         from slidesparse.kernels.cusparselt import CusparseLt
 
         return CusparseLt()
+    if name == "cutlass":
+        from slidesparse.kernels.cutlass import Cutlass
+
+        return Cutlass()
     raise UnsupportedHere(
-        f"backend {name} is not in this version, which has cublaslt, cusparselt, cpu_dense and cpu_sparse"
+        f"backend {name} is not in this version, which has cublaslt, cusparselt, cutlass, cpu_dense and cpu_sparse"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slidesparse.dtypes import DType
-from slidesparse.errors import CheckpointError
+from slidesparse.errors import CheckpointError, UnsupportedHere
 from slidesparse.kernels import operands
 from slidesparse.kernels.backend import Algorithm, NormKernel, Weight, backend, named, operation_name
 from slidesparse.kernels.bitnet_reference import BitNetOperation
@@ -64,11 +64,25 @@ class Recipe:
     def choices(self, m: int, bias: bool, before: BitNetOperation | None = None) -> list[Choice]:
         """The tuned choice at M tokens; with the epilogue in a second kernel first, then fused where it can be.
 
-        before: what is fused with quantising x.
+        before: what is fused with quantising x. Raises UnsupportedHere where the backend has no algorithm.
         """
-        split = self._choose(m, before)
-        scaled = self.backend.scaled_algorithms(self.dtype, m, self.n, self.operand_k, bias)
-        return [split, *(replace(split, scaled=algorithm) for algorithm in scaled)]
+        plain, scaled = self.offered(m, bias)
+        split = self._choose(m, before, plain or scaled)
+        fused = [replace(split, scaled=algorithm) for algorithm in scaled]
+        return [split, *fused] if plain else fused
+
+    def offered(self, m: int, bias: bool) -> tuple[tuple[Algorithm, ...], tuple[Algorithm, ...]]:
+        """What the backend has at M tokens: GEMMs alone, and GEMMs with fused scales.
+
+        Raises UnsupportedHere where it has neither.
+        """
+        side, size = self.backend, (m, self.n, self.operand_k)
+        plain = () if side.scaled_only else side.algorithms(self.dtype, *size)
+        scaled = side.scaled_algorithms(self.dtype, *size, bias)
+        if not plain and not scaled:
+            problem = f"{self.variant} {self.dtype.value} {self.n}x{self.k}"
+            raise UnsupportedHere(f"backend {side.name} has no algorithm for {problem} at M={m}")
+        return plain, scaled
 
     def run(
         self,
@@ -111,7 +125,7 @@ class Recipe:
         activations = self.backend.activations
         return activations.norm_kernel(choice.before, self.dtype, self.variant.sparsity, self.k, choice.quantise)
 
-    def _choose(self, m: int, before: BitNetOperation | None) -> Choice:
+    def _choose(self, m: int, before: BitNetOperation | None, gemms: tuple[Algorithm, ...]) -> Choice:
         activations = self.backend.activations
         if before is None:
             family = activations.name
@@ -121,10 +135,7 @@ class Recipe:
         return Choice(
             self._best(operation_name(before, self.backend.sparse), family, (m, 0, self.k), candidates),
             self._best(
-                "sparse_gemm" if self.backend.sparse else "dense_gemm",
-                self.backend.name,
-                (m, self.n, self.k),
-                self.backend.algorithms(self.dtype, m, self.n, self.operand_k),
+                "sparse_gemm" if self.backend.sparse else "dense_gemm", self.backend.name, (m, self.n, self.k), gemms
             ),
             self._best(
                 "dequantise_bias",

@@ -143,16 +143,14 @@ def prepare(
 
     Raises:
         CheckpointError: wrong shape or type, or the weight does not keep to the pattern (layer, row, columns).
-        UnsupportedHere, SlideSparseError: the backend has no algorithm for this shape.
+        UnsupportedHere: the backend has no algorithm for this shape.
     """
     linear = W8A8Linear(layer, codes, scale, None, k=codes.shape[1], variant=variant, dtype=dtype, store=store)
     name = f"{variant} {dtype.value} {linear.n}x{linear.k}"
     kind = _KINDS.get(name)
     if kind is None or kind.recipe.store is not store:  # another store: another model has taken this process over
-        kind = Kind(linear.recipe, linear.weight)
-        if not linear.backend.algorithms(dtype, bucket(1), linear.n, linear.weight.k):
-            raise SlideSparseError(f"backend {variant.backend} has no algorithm for {name}")
-        _KINDS[name] = kind
+        linear.recipe.offered(bucket(1), False)
+        kind = _KINDS[name] = Kind(linear.recipe, linear.weight)
     kind.layers[layer] = None
     return Prepared(linear.weight.data, linear.scale, name)
 

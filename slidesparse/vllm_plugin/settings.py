@@ -30,7 +30,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    backend: Literal["vllm", "cublaslt", "cusparselt"] | None = None
+    backend: Literal["vllm", "cublaslt", "cutlass", "cusparselt"] | None = None
     """None: as the checkpoint says."""
     sparsity: Pattern | None = None
     """None: as the checkpoint says. A dense checkpoint may be run with any pattern that its weights keep to."""
@@ -89,7 +89,7 @@ def select(additional: object, section: object, where: str) -> Selection | None:
     name = settings.backend or (DEFAULT_SPARSE if found is not None else None)
     key = f"additional_config.{SECTION}"
     if name is None:
-        raise ConfigError(f"{key}.backend: missing, and {where} is dense; choose vllm, cublaslt or cusparselt")
+        raise ConfigError(f"{key}.backend: missing, and {where} is dense; choose vllm, cublaslt, cutlass or cusparselt")
     if settings.tuning is not None and not settings.tuning.is_file():
         raise ConfigError(f"{key}.tuning: {settings.tuning} is not there; give winners.json of a run, or leave it out")
     if name == STOCK or not backend(name).sparse:
