@@ -10,8 +10,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slidesparse.checkpoint.checkpoint import Checkpoint
+from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError
 from slidesparse.kernels import operands, reference
+from slidesparse.plan import Variant
 
 OURS = ("quantization_config", "slidesparse", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Keys of `config.json` that do not describe the model function; with the first, transformers would quantise itself."""
@@ -85,8 +87,8 @@ class DequantisedLinear(nn.Module):
 
         y = dq(q(x)) @ (codes * scale).T + bias, one rounding to x's type
 
-    None of our kernels, no lifting. Weights are read from the checkpoint at each call, so that a reference model
-    of any size needs the memory of one layer. `quantise_activations` False leaves x as it is.
+    None of our kernels, no lifting. Weights are read from the checkpoint at each call, to where x is, so that a
+    reference model of any size needs the memory of one layer. `quantise_activations` False leaves x as it is.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, k: int, quantise_activations: bool = True) -> None:
@@ -95,8 +97,8 @@ class DequantisedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self._checkpoint.dtype is not None
-        weight = plain_codes(self._checkpoint, self._name, self._k).double()
-        weight *= self._checkpoint.load(f"{self._name}.weight_scale").double()
+        weight = plain_codes(self._checkpoint, self._name, self._k).to(x.device).double()
+        weight *= self._checkpoint.load(f"{self._name}.weight_scale").to(x.device).double()
         tokens = x.reshape(-1, self._k)
         if self._quantise:
             codes, scale = reference.quantise(tokens, self._checkpoint.dtype)
@@ -104,14 +106,26 @@ class DequantisedLinear(nn.Module):
         y = tokens.double() @ weight.T
         bias = bias_of(self._checkpoint, self._name)
         if bias is not None:
-            y += bias.double()
+            y += bias.to(x.device).double()
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def reference_model(checkpoint: Checkpoint, dtype: torch.dtype, quantise_activations: bool = True) -> Any:
-    """The checkpoint's model on `DequantisedLinear`s. Raises CheckpointError as `build` does."""
-    return build(
+def reference_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, quantise_activations: bool = True, device: str = "cpu"
+) -> Any:
+    """The checkpoint's model on `DequantisedLinear`s, on `device`. Raises CheckpointError as `build` does."""
+    model = build(
         checkpoint,
         dtype,
         lambda name, empty: DequantisedLinear(checkpoint, name, empty.in_features, quantise_activations),
     )
+    return model.to(device)
+
+
+def require_fits(checkpoint: Checkpoint, where: str, dtype: DType, variant: Variant) -> None:
+    """Raises CheckpointError for a checkpoint of another type, or pruned to another pattern, than the variant's."""
+    section = checkpoint.section
+    if checkpoint.dtype is not dtype:
+        raise CheckpointError(f"{where}: holds {checkpoint.dtype or 'unquantised'} weights, expected {dtype.value}")
+    if section is not None and section.pattern != variant.sparsity:
+        raise CheckpointError(f"{where}: holds pattern {section.pattern}, but {variant} was asked for; convert again")

@@ -15,14 +15,14 @@ from transformers import DynamicCache
 
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.dtypes import DType
-from slidesparse.errors import CheckpointError
 from slidesparse.kernels import verify
 from slidesparse.kernels.backend import backend
 from slidesparse.kernels.linear import W8A8Linear
 from slidesparse.kernels.verify import Check
 from slidesparse.machine import Machine, package_versions
 from slidesparse.measure.engines.base import DecodeResult, Limits, StepResult
-from slidesparse.measure.engines.model import bias_of, build, plain_codes, reference_model
+from slidesparse.measure.engines.logits import GENERATED, Bound, compare
+from slidesparse.measure.engines.model import bias_of, build, plain_codes, reference_model, require_fits
 from slidesparse.plan import Phase, Variant
 from slidesparse.tuning.store import TuningStore
 
@@ -35,8 +35,6 @@ That is why each layer is checked on its own, exactly, by `check_step`: this che
 """
 CHECKED_ROWS = 8
 """Tokens of a step whose layer outputs are compared with the reference, spread over the step."""
-GENERATED = 4
-"""Tokens generated for the comparison of greedy tokens."""
 
 
 class TransformersEngine:
@@ -83,16 +81,10 @@ class TransformersSession:
         activations: torch.dtype,
     ) -> None:
         started = time.perf_counter()
-        section = checkpoint.section
-        if checkpoint.dtype is not dtype:
-            raise CheckpointError(f"{where}: holds {checkpoint.dtype or 'unquantised'} weights, expected {dtype.value}")
-        if section is not None and section.pattern != variant.sparsity:
-            raise CheckpointError(
-                f"{where}: holds pattern {section.pattern}, but {variant} was asked for; convert again"
-            )
+        require_fits(checkpoint, where, dtype, variant)
         self._checkpoint, self._dtype, self._variant, self._store = checkpoint, dtype, variant, store
         self._activations = activations
-        lifted = section is not None and section.layout == "lifted"
+        lifted = checkpoint.section is not None and checkpoint.section.layout == "lifted"
 
         def linear(name: str, empty: nn.Linear) -> nn.Module:
             return W8A8Linear(
@@ -143,25 +135,13 @@ class TransformersSession:
     def check_logits(self, prompts: torch.Tensor) -> Check:
         """Against `model.reference_model`: transformers with dequantised weights and fake-quantised activations.
 
-        Passes when every position's logits are within LOGITS_BOUND (relative L2) and every greedy token of the
-        cached decode is the reference's choice or within twice that bound of it.
+        Every position's logits are compared, and the greedy tokens of the cached decode (`logits.compare`).
         """
         generated = self.decode(prompts, GENERATED).tokens
         text = torch.cat([prompts, generated[:, :-1]], dim=1)
         expected = reference_model(self._checkpoint, self._activations)(input_ids=text, use_cache=False).logits.float()
-        error = (self.logits(text) - expected).norm(dim=-1) / expected.norm(dim=-1)
-        choices = expected[:, prompts.shape[1] - 1 :]
-        best, chosen = choices.max(dim=-1).values, choices.gather(-1, generated.unsqueeze(-1)).squeeze(-1)
-        same = int((best == chosen).sum())
-        allowed = 2 * LOGITS_BOUND * choices.norm(dim=-1)
-        largest = float(error.max())
-        said = (
-            f"logits: relative error {largest:.2g} (bound {LOGITS_BOUND:g}) against the dequantised transformers "
-            f"model, greedy tokens {same}/{generated.numel()} equal"
-        )
-        if not largest <= LOGITS_BOUND or bool((best - chosen > allowed).any()):
-            return Check("failed", said)
-        return Check("exact" if largest == 0 else "within_bound", said)
+        bound = Bound(LOGITS_BOUND, f"{LOGITS_BOUND:g}")
+        return compare(self.logits(text), expected, generated, bound, "the dequantised transformers model")
 
     @torch.inference_mode()
     def check_step(self, tokens: torch.Tensor, phase: Phase) -> Check:
