@@ -195,7 +195,22 @@ def check_linear(
     roundings: float = 0.0,
     exact: bool = True,
 ) -> Check:
-    """A whole layer: x [M, K] -> y [M, N] against unlifted codes [N, K], scale float32 [N, 1].
+    """A whole layer: x [M, K] -> y [M, N] against unlifted codes [N, K], scale float32 [N, 1]: `check_product`."""
+    return check_product(reference.quantise(x, dtype), y, codes, scale, bias, dtype, error, roundings, exact)
+
+
+def check_product(
+    given: tuple[torch.Tensor, torch.Tensor],
+    y: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: DType,
+    error: float,
+    roundings: float = 0.0,
+    exact: bool = True,
+) -> Check:
+    """A layer from its quantised activations on: given codes [M, K] and their scale float32 [M, 1] -> y [M, N].
 
     INT8: equal to the reference bit for bit. Where the epilogue has another order of operations (`exact` false, see
     `Backend.exact_epilogue`): one rounding to y's type of a number within 4 float32 roundings of the exact one.
@@ -203,9 +218,10 @@ def check_linear(
     accumulator on its way (`OUTPUT_UNIT`), and the last one to y's type.
     """
     if dtype is DType.INT8:
-        same = check_same(y, reference.linear(x, codes, scale, bias, dtype, y.dtype), "integer reference layer")
-        return same if exact or same.ok else _check_rounded_once(x, y, codes, scale, bias)
-    a, token = reference.quantise(x, dtype)
+        expected = reference.dequantise_bias(reference.gemm(given[0], codes), given[1], scale, bias, y.dtype)
+        same = check_same(y, expected, "integer reference layer")
+        return same if exact or same.ok else _check_rounded_once(given, y, codes, scale, bias)
+    a, token = given
     scales = token.double() * scale.double().reshape(1, -1)
     product = reference.gemm(a, codes) * scales
     whole = product if bias is None else product + bias.double()
@@ -227,10 +243,14 @@ def check_linear(
 
 
 def _check_rounded_once(
-    x: torch.Tensor, y: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    given: tuple[torch.Tensor, torch.Tensor],
+    y: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> Check:
     """INT8, y bfloat16: the scales and the bias in float32 in any order, then one rounding."""
-    a, token = reference.quantise(x, DType.INT8)
+    a, token = given
     product = reference.gemm(a, codes) * token.double() * scale.double().reshape(1, -1)
     added = torch.zeros(1, dtype=torch.float64, device=y.device) if bias is None else bias.double()
     slack = gamma(4) * (product.abs() + added.abs())
