@@ -217,8 +217,8 @@ def test_the_launch_that_the_store_names_runs(monkeypatch: pytest.MonkeyPatch) -
     known = family.norm_algorithms(6912)
     assert [f"{launch.words}x{launch.warps}" for launch in kernels.launches(6912)] == [one.name for one in known]
     for algorithm in (known[0], known[-1]):
-        run_it = family.norm_kernel("gate", DType.INT8, Sparsity(8), 6912, algorithm)
-        run_it(*[torch.empty(0)] * 3, EPS, *[torch.empty(0)] * 2)  # type: ignore[call-arg]
+        run_it = family.encoder("gate", DType.INT8, Sparsity(8), 6912, algorithm)
+        run_it(torch.empty(0), None, torch.empty(0), EPS, torch.empty(0), torch.empty(0))
     assert launched == [kernels.launches(6912)[0], kernels.launches(6912)[-1]]
     assert activation_revision(family.norm_family)
 
@@ -231,7 +231,7 @@ def test_triton_kernels_write_the_first_rows_of_what_they_are_given() -> None:
         given = [tensor.to(device) for tensor in inputs(operation, m)]
         codes = torch.full((size, Sparsity(8).lifted_k(K)), 99, dtype=torch.int8, device=device)
         scale = torch.full((size, 1), 7.0, device=device)
-        kernel = family.norm_kernel(operation, DType.INT8, Sparsity(8), K, family.norm_algorithms(K)[0])
+        kernel = family.encoder(operation, DType.INT8, Sparsity(8), K, family.norm_algorithms(K)[0])
         residual = given[1] if operation == "add" else None
         total = kernel(given[0], residual, NORM.to(device), EPS, codes[:m], scale[:m])
         wanted, token_scale = bitnet_reference.quantise_lift(
@@ -257,4 +257,4 @@ def test_a_size_first_seen_in_a_graph_capture_is_refused(monkeypatch: pytest.Mon
     ready = prepared(SPARSE, DType.INT8, "model.layers.0.mlp.down_proj")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(SlideSparseError, match=r"model\.layers\.0\.mlp\.down_proj: 48 tokens .* captured"):
-        linear_op._KINDS[ready.kind]._choose("gate", False, 48, on_gpu=True)
+        linear_op._KINDS[ready.kind]._plan(("gate", False, 48), on_gpu=True)

@@ -63,7 +63,7 @@ class Layer:
     def check(self, operation: BitNetOperation, given: list[torch.Tensor], y: torch.Tensor) -> verify.Check:
         """The GEMM and what follows, from the codes that the fused kernel really gave."""
         side = backend(self.variant.backend)
-        kernel = side.activations.norm_kernel(
+        kernel = side.activations.encoder(
             operation, self.dtype, None, self.k, side.activations.norm_algorithms(self.k)[0]
         )
         m = y.shape[0]
@@ -146,9 +146,7 @@ def test_the_reference_of_the_fused_kernels_is_near_their_codes() -> None:
     kernels = backend("cublaslt").activations
     codes = torch.empty(64, k, dtype=torch.int8, device="cuda")
     scale = torch.empty(64, 1, device="cuda")
-    kernels.norm_kernel("norm", DType.INT8, None, k, kernels.norm_algorithms(k)[0])(
-        x, None, layer.norm, EPS, codes, scale
-    )
+    kernels.encoder("norm", DType.INT8, None, k, kernels.norm_algorithms(k)[0])(x, None, layer.norm, EPS, codes, scale)
     wanted, token = bitnet_reference.norm_quantise_lift(x, layer.norm, EPS, DType.INT8, None)
     assert (codes.int() - wanted.int()).abs().max() <= 1
     assert (scale / token - 1).abs().max() <= bitnet_reference.SCALE_ERROR

@@ -183,7 +183,7 @@ def test_a_size_first_seen_in_a_graph_capture_is_refused(monkeypatch: pytest.Mon
     kind = linear_op._KINDS[ready.kind]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(SlideSparseError, match=r"model\.layers\.0\.mlp\.down_proj: 48 tokens .* captured"):
-        kind._choose(None, False, 48, on_gpu=True)
+        kind._plan((None, False, 48), on_gpu=True)
 
 
 def test_a_weight_that_breaks_the_pattern_is_refused_with_its_layer() -> None:

@@ -24,12 +24,13 @@ from slidesparse.machine import Machine
 from slidesparse.pattern import Sparsity
 
 ActivationOperation = Literal["quantise", "quantise_lift", "dequantise_bias"]
-NormKernel = Callable[
-    [torch.Tensor, torch.Tensor | None, torch.Tensor, float, torch.Tensor, torch.Tensor], torch.Tensor | None
+Encoder = Callable[
+    [torch.Tensor, torch.Tensor | None, torch.Tensor | None, float, torch.Tensor, torch.Tensor], torch.Tensor | None
 ]
 """(x, residual, norm weight, eps, codes!, scale!) -> x + residual, or None where nothing is added.
 
-x bfloat16 [M, K] ([M, 2 K] before a gate), residual like x or None, weight [K]; writes codes [M, K'] and scale [M, 1].
+x bfloat16 [M, K] ([M, 2 K] before a gate); residual like x, where one is added; norm weight [K], where x is normed.
+Writes codes [M, K'] and scale [M, 1].
 """
 
 
@@ -107,13 +108,17 @@ class Activations(ABC):
 
     @abstractmethod
     def norm_algorithms(self, k: int) -> tuple[Algorithm, ...]:
-        """Candidates of `norm_kernel` for rows of K values, the default first. Raises ValueError for rows too long."""
+        """Candidates of the fused BitNet kernels for rows of K values, the default first.
+
+        Raises ValueError for rows that none can hold.
+        """
 
     @abstractmethod
-    def norm_kernel(
-        self, before: BitNetOperation, dtype: DType, sparsity: Sparsity | None, k: int, algorithm: Algorithm
-    ) -> NormKernel:
-        """One of the fused BitNet operations (`bitnet_reference`), ready to be called at any M.
+    def encoder(
+        self, before: BitNetOperation | None, dtype: DType, sparsity: Sparsity | None, k: int, algorithm: Algorithm
+    ) -> Encoder:
+        """What makes codes of x, ready to be called at any M: `quantise`, or a BitNet operation (`bitnet_reference`)
+        that does so as well. It is called directly, not as an operator of torch: the caller is one.
 
         Raises ValueError where it cannot take rows of K values.
         """

@@ -13,7 +13,7 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.kernels import bitnet_reference, reference
-from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm, NormKernel
+from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm, Encoder
 from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.kernels.e4m3 import encode_bits
 from slidesparse.pattern import Sparsity
@@ -63,22 +63,23 @@ class CpuActivations(Activations):
     def norm_algorithms(self, k: int) -> tuple[Algorithm, ...]:
         return (TORCH,)
 
-    def norm_kernel(
-        self, before: BitNetOperation, dtype: DType, sparsity: Sparsity | None, k: int, algorithm: Algorithm
-    ) -> NormKernel:
-        """`bitnet_reference` itself."""
+    def encoder(
+        self, before: BitNetOperation | None, dtype: DType, sparsity: Sparsity | None, k: int, algorithm: Algorithm
+    ) -> Encoder:
+        """`quantise`, or `bitnet_reference` itself."""
 
         def run(
             x: torch.Tensor,
             residual: torch.Tensor | None,
-            weight: torch.Tensor,
+            weight: torch.Tensor | None,
             eps: float,
             codes: torch.Tensor,
             scale: torch.Tensor,
         ) -> torch.Tensor | None:
             total: torch.Tensor | None = None
-            if before == "add":
-                assert residual is not None
+            if weight is None:
+                found, token_scale = self.quantise(x, dtype, sparsity, algorithm)
+            elif residual is not None:
                 found, token_scale, total = bitnet_reference.add_norm_quantise_lift(
                     x, residual, weight, eps, dtype, sparsity
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from slidesparse.dtypes import DType
-from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm, NormKernel
+from slidesparse.kernels.backend import ActivationOperation, Activations, Algorithm, Encoder
 from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.pattern import Sparsity
 
@@ -52,30 +52,33 @@ class TritonActivations(Activations):
 
         return tuple(Algorithm(place, f"{one.words}x{one.warps}") for place, one in enumerate(launches(k)))
 
-    def norm_kernel(
-        self, before: BitNetOperation, dtype: DType, sparsity: Sparsity | None, k: int, algorithm: Algorithm
-    ) -> NormKernel:
-        """The kernels themselves, not as torch operators: the caller is one."""
-        from slidesparse.kernels import triton_bitnet as kernels
-        from slidesparse.kernels.triton_activations import lifted_width
+    def encoder(
+        self, before: BitNetOperation | None, dtype: DType, sparsity: Sparsity | None, k: int, algorithm: Algorithm
+    ) -> Encoder:
+        from slidesparse.kernels import triton_activations as plain
+        from slidesparse.kernels import triton_bitnet as fused
 
-        lifted_width(k, dtype, sparsity)  # raises
-        launch = kernels.launches(k)[algorithm.alg_id]
+        plain.lifted_width(k, dtype, sparsity)  # raises
+        known = plain.QUANTISE_LAUNCHES if before is None else fused.launches(k)
+        launch = known[algorithm.alg_id]
 
         def run(
             x: torch.Tensor,
             residual: torch.Tensor | None,
-            weight: torch.Tensor,
+            weight: torch.Tensor | None,
             eps: float,
             codes: torch.Tensor,
             scale: torch.Tensor,
         ) -> torch.Tensor | None:
-            if before == "add":
-                assert residual is not None
-                return kernels.add_norm_quantise_lift(x, residual, weight, eps, dtype, sparsity, launch, codes, scale)[
-                    2
-                ]
-            kernel = kernels.gate_norm_quantise_lift if before == "gate" else kernels.norm_quantise_lift
+            if weight is None:
+                plain.quantise_lift(x, dtype, sparsity, launch, codes, scale)
+                return None
+            if residual is not None:
+                *_, total = fused.add_norm_quantise_lift(
+                    x, residual, weight, eps, dtype, sparsity, launch, codes, scale
+                )
+                return total
+            kernel = fused.gate_norm_quantise_lift if before == "gate" else fused.norm_quantise_lift
             kernel(x, weight, eps, dtype, sparsity, launch, codes, scale)
             return None
 

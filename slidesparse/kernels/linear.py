@@ -13,7 +13,7 @@ from torch import nn
 from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError, UnsupportedHere
 from slidesparse.kernels import operands
-from slidesparse.kernels.backend import Algorithm, NormKernel, Weight, backend, named, operation_name
+from slidesparse.kernels.backend import Algorithm, Encoder, Weight, backend, named, operation_name
 from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Variant
@@ -119,11 +119,10 @@ class Recipe:
         self.backend.gemm(codes, weight, choice.gemm, acc)
         return self.backend.activations.dequantise_bias(acc, token_scale, scale, bias, out_dtype, choice.dequantise)
 
-    def norm_kernel(self, choice: Choice) -> NormKernel:
-        """What quantises x before the GEMM of a choice that has a `before`. Raises ValueError for such a K."""
-        assert choice.before is not None
+    def encoder(self, choice: Choice) -> Encoder:
+        """What makes codes of x for the GEMM of a choice. Raises ValueError where it cannot take such rows."""
         activations = self.backend.activations
-        return activations.norm_kernel(choice.before, self.dtype, self.variant.sparsity, self.k, choice.quantise)
+        return activations.encoder(choice.before, self.dtype, self.variant.sparsity, self.k, choice.quantise)
 
     def _choose(self, m: int, before: BitNetOperation | None, gemms: tuple[Algorithm, ...]) -> Choice:
         activations = self.backend.activations
