@@ -1,14 +1,15 @@
 """Speed-ups with intervals, and what they say. Statistics themselves are in `measure/statistics.py`.
 
-End to end: ratio of two independent medians of tokens/s, sparse over dense, with the MOVER interval on
-logarithms (`statistics.unpaired_ratio`). Kernel and linear layers: the row's own paired ratio of interleaved samples;
-where a file has none (published ones), the ratio of the two files' latencies.
+The row's own paired ratio of interleaved samples, where it has one. Where it has none (older and published files): end
+to end the ratio of two independent medians of tokens/s, kernels the ratio of the two files' latencies, both with the
+MOVER interval on logarithms (`statistics.unpaired_ratio`). Against the engine's own kernels: paired ratios alone.
 Only a ratio of two checked rows supports a statement; one whose interval contains 1 shows no difference.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import pandas as pd
@@ -16,19 +17,20 @@ import pandas as pd
 from slidesparse.config import Profile, Stopping
 from slidesparse.measure.statistics import Interval, unpaired_ratio
 from slidesparse.pattern import Sparsity
+from slidesparse.plan import Phase
 from slidesparse.report.collect import PHASES, Records
 
 Verdict = Literal["faster", "slower", "no difference shown", "no interval"]
 CHECKED = ("exact", "within_bound")
 STOCK = "vllm"
-"""A dense backend with an epilogue of its own: shown as a row, never the base of a ratio if there is another."""
+"""The engine's own kernels: base of ratios of their own, and of those to dense only if there is no other dense side."""
 LINEAR = "linear"
 KINDS = (*PHASES, LINEAR, "kernel")
 """What speed-ups are of, as sections and conclusions order it."""
 KIND_NAMES = {"prefill": "Prefill", "decode": "Decode", LINEAR: "Whole linear layers", "kernel": "Kernel"}
 SPEEDUP_COLUMNS = (
     "kind", "model", "dtype", "backend", "sparsity", "baseline", "m", "n", "k", "layer",
-    "emulation", "ratio", "low", "high", "bound", "checked", "noisy", "host_bound", "verdict",
+    "emulation", "ratio", "low", "high", "bound", "checked", "noisy", "host_bound", "verdict", "paired",
 )  # fmt: skip
 
 
@@ -62,6 +64,11 @@ def verdict(low: float, high: float) -> Verdict:
 def checked(frame: pd.DataFrame) -> pd.Series[bool]:
     """Rows that were measured and agreed with their reference."""
     return (frame["status"] == "ok") & frame["verified"].isin(CHECKED)
+
+
+def supported(ratios: pd.DataFrame) -> pd.Series[bool]:
+    """Ratios that support a statement: both sides checked, and an interval."""
+    return ratios["checked"].astype(bool) & (ratios["verdict"] != "no interval")
 
 
 def noisy(frame: pd.DataFrame, limit: float | None) -> pd.Series[bool]:
@@ -107,23 +114,49 @@ def speedups(records: Records) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(SPEEDUP_COLUMNS))
 
 
-def _end_to_end(records: Records, phase: str) -> list[dict[str, object]]:
-    frame = records.throughput[phase]  # type: ignore[index]
-    if frame.empty:
-        return []
-    frame = frame.assign(checked=checked(frame), noisy=noisy(frame, limit_of(records.profile, phase)))
+def over_stock(records: Records) -> pd.DataFrame:
+    """Paired ratios of prefill and decode over the engine's own kernels, columns SPEEDUP_COLUMNS."""
     rows: list[dict[str, object]] = []
-    for (model, dtype, _), group in frame[frame["status"] == "ok"].groupby(["model", "dtype", "emulation"], sort=False):
+    for phase in PHASES:
+        for group in _groups(records, phase):
+            twins = _dense_rows(group, STOCK)
+            for _, row in group[group["over_stock"] > 0].iterrows():
+                twin = twins.loc[row["m"]] if row["m"] in twins.index else row
+                rows.append(_place(phase, row) | _shared(row, twin, STOCK, int(row["m"])) | paired(row, "over_stock"))
+    return pd.DataFrame(rows, columns=list(SPEEDUP_COLUMNS))
+
+
+def _end_to_end(records: Records, phase: Phase) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for group in _groups(records, phase):
         base = baseline(sorted(set(group.loc[group["sparsity"] == "", "backend"])), records.profile)
-        dense = group[(group["backend"] == base) & (group["sparsity"] == "")].set_index("m")
+        dense = _dense_rows(group, base)
         for _, row in group.iterrows():
             if row["m"] not in dense.index or (row["backend"] == base and not row["sparsity"]):
                 continue
             twin = dense.loc[row["m"]]
-            ratio = ratio_of(row, twin, "tokens_per_s")
-            place = {"kind": phase, "model": model, "dtype": dtype, "n": 0, "k": 0, "layer": ""}
-            rows.append(place | _shared(row, twin, base, int(row["m"])) | ratio)
+            ratio = paired(row, "over_dense") if row["over_dense"] > 0 else ratio_of(row, twin, "tokens_per_s")
+            rows.append(_place(phase, row) | _shared(row, twin, base, int(row["m"])) | ratio)
     return rows
+
+
+def _groups(records: Records, phase: Phase) -> Iterator[pd.DataFrame]:
+    """Measured rows of one phase, by model, type and emulation."""
+    frame = records.throughput[phase]
+    if frame.empty:
+        return
+    frame = frame.assign(checked=checked(frame), noisy=noisy(frame, limit_of(records.profile, phase)))
+    for _, group in frame[frame["status"] == "ok"].groupby(["model", "dtype", "emulation"], sort=False):
+        yield group
+
+
+def _dense_rows(group: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Dense rows of a backend, by M."""
+    return group[(group["backend"] == name) & (group["sparsity"] == "")].set_index("m")
+
+
+def _place(phase: Phase, row: pd.Series) -> dict[str, object]:
+    return {"kind": phase, "model": row["model"], "dtype": row["dtype"], "n": 0, "k": 0, "layer": ""}
 
 
 def _linear(records: Records) -> list[dict[str, object]]:
@@ -188,16 +221,21 @@ def _shared(row: pd.Series, twin: pd.Series, base: str, m: int) -> dict[str, obj
 def paired(row: pd.Series, name: str) -> dict[str, object]:
     """A ratio that a row brings with it, in columns NAME, NAME_low and NAME_high."""
     low, high = float(row[f"{name}_low"]), float(row[f"{name}_high"])
-    return {"ratio": float(row[name]), "low": low, "high": high, "verdict": verdict(low, high)}
+    return {"ratio": float(row[name]), "low": low, "high": high, "verdict": verdict(low, high), "paired": True}
 
 
 def ratio_of(numerator: pd.Series, denominator: pd.Series, figure: str) -> dict[str, object]:
     """Ratio of two rows' figures, measured independently, with its interval where both have one."""
     ratio = float(numerator[figure]) / float(denominator[figure])
     if not all(row["ci_low"] > 0 and row["ci_high"] > 0 for row in (numerator, denominator)):
-        return {"ratio": ratio, "low": float("nan"), "high": float("nan"), "verdict": "no interval"}
+        return {
+            "ratio": ratio, "low": float("nan"), "high": float("nan"), "verdict": "no interval", "paired": False,
+        }  # fmt: skip
     found = unpaired_ratio(_interval(numerator, figure), _interval(denominator, figure))
-    return {"ratio": ratio, "low": found.low, "high": found.high, "verdict": verdict(found.low, found.high)}
+    return {
+        "ratio": ratio, "low": found.low, "high": found.high, "verdict": verdict(found.low, found.high),
+        "paired": False,
+    }  # fmt: skip
 
 
 def _interval(row: pd.Series, figure: str) -> Interval:

@@ -11,6 +11,7 @@ from slidesparse.plan import SQUARE
 from slidesparse.report import calibration, compare, linear
 from slidesparse.report.comparison import Published
 from slidesparse.report.markdown import Table, fixed, integer
+from slidesparse.report.standing import STOCK_NAME, span
 from slidesparse.report.view import HOST_BOUND, NOISY, View, interval, ratio_name, throttled, title
 
 
@@ -36,6 +37,12 @@ def headline(view: View) -> list[str]:
         lines.append(
             f"{compare.KIND_NAMES[kind]}, {title(model, dtype, emulation)}: {_counts(part, emulation)}; "
             f"{ratio_name(emulation)} from {low} to {high}."
+        )
+    for (kind, model, dtype, emulation), part in _over_stock(view):
+        spans = [f"{compare.label(b, s)} {span(rows)}" for b, s, rows in _by_variant(view, part)]
+        lines.append(
+            f"{compare.KIND_NAMES[kind]}, {title(model, dtype, emulation)}, times the rate of {STOCK_NAME}, all M: "
+            f"{', '.join(spans)}."
         )
     return lines
 
@@ -63,7 +70,10 @@ def conclusions(view: View, published: Published) -> Conclusions:
             statements += _over_bound(view, subject, part, emulation)
             statements += _over_reference(view, subject, part)
         else:
-            statements += _statements(view, subject, part, emulation)
+            statements += _statements(view, subject, part, emulation) + _over_bound(view, subject, part, emulation)
+    for (kind, model, dtype, emulation), part in _over_stock(view):
+        subject = f"{compare.KIND_NAMES[kind]}, {title(model, dtype, emulation)}, against {STOCK_NAME}"
+        statements += _statements(view, subject, part, emulation, STOCK_NAME)
     statements += _attainable(view)
     if published.same and published.summary:
         statements.append(_published(published))
@@ -78,7 +88,7 @@ Group = tuple[str, str, str, bool]
 
 def _supported(view: View) -> list[tuple[Group, pd.DataFrame]]:
     frame = view.speedups
-    good = frame[frame["checked"].astype(bool) & (frame["verdict"] != "no interval") & (frame["sparsity"] != "")]
+    good = frame[compare.supported(frame) & (frame["sparsity"] != "")]
     return [
         ((kind, model, dtype, emulation), part)
         for model, dtype, emulation, rows in view.groups(good)
@@ -92,8 +102,20 @@ def _by_variant(view: View, part: pd.DataFrame) -> list[tuple[str, str, pd.DataF
     return [(b, s, part[(part["backend"] == b) & (part["sparsity"] == s)]) for b, s in variants]
 
 
-def _statements(view: View, subject: str, part: pd.DataFrame, emulation: bool) -> list[str]:
-    """Which patterns win everywhere, lose everywhere, or neither; and ratios that the hardware cannot explain."""
+def _over_stock(view: View) -> list[tuple[Group, pd.DataFrame]]:
+    """Ratios over the engine's own kernels that support a statement, our dense among them."""
+    frame = view.over_stock
+    good = frame[compare.supported(frame)]
+    return [
+        ((kind, model, dtype, emulation), part)
+        for model, dtype, emulation, rows in view.groups(good)
+        for kind in compare.KINDS
+        if not (part := rows[rows["kind"] == kind]).empty
+    ]
+
+
+def _statements(view: View, subject: str, part: pd.DataFrame, emulation: bool, other: str = "dense") -> list[str]:
+    """Which variants win everywhere, lose everywhere, or neither."""
     wins: list[str] = []
     losses: list[str] = []
     mixed: list[str] = []
@@ -101,20 +123,16 @@ def _statements(view: View, subject: str, part: pd.DataFrame, emulation: bool) -
         name = compare.label(backend, sparsity)
         verdicts = set(rows["verdict"])
         (wins if verdicts == {"faster"} else losses if verdicts == {"slower"} else mixed).append(name)
-    if emulation:
-        pairs = [
-            ("less time than dense at every size", wins),
-            ("more time at every size", losses),
-            ("depends on the size, or no difference shown", mixed),
-        ]
-    else:
-        pairs = [
-            ("faster than dense at every size measured", wins),
-            ("**sparse loses at every size measured**", losses),
-            ("depends on the size, or no difference shown", mixed),
-        ]
-    lines = [f"{subject}: " + "; ".join(f"{words}: {', '.join(names)}" for words, names in pairs if names) + "."]
-    return lines + _over_bound(view, subject, part, emulation)
+    faster, slower = ("less time than", "more time") if emulation else ("faster than", "slower")
+    loses = f"{slower} at every size"
+    if not emulation:
+        loses = "**sparse loses at every size measured**" if other == "dense" else f"**{loses} measured**"
+    pairs = [
+        (f"{faster} {other} at every size{'' if emulation else ' measured'}", wins),
+        (loses, losses),
+        ("depends on the size, or no difference shown", mixed),
+    ]
+    return [f"{subject}: " + "; ".join(f"{words}: {', '.join(names)}" for words, names in pairs if names) + "."]
 
 
 def _over_bound(view: View, subject: str, part: pd.DataFrame, emulation: bool) -> list[str]:

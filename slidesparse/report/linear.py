@@ -79,7 +79,7 @@ def linear_section(view: View) -> LinearSection:
 
 def outcome(view: View, ratios: pd.DataFrame, emulation: bool) -> str:
     """Where sparse wins, where it loses and where that cannot be told: `2:6, 2:8 (M=64, 512)`, from checked ratios."""
-    good = ratios[ratios["checked"].astype(bool) & (ratios["verdict"] != "no interval")]
+    good = ratios[compare.supported(ratios)]
     if good.empty:
         return ""
     wins, loses = ("less time than dense", "more time") if emulation else ("sparse wins", "sparse loses")

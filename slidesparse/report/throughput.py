@@ -1,4 +1,4 @@
-"""Prefill and decode sections: configuration, pass matrix, performance, ratios against dense, every cell."""
+"""Prefill and decode sections: configuration, pass matrix, performance, where each variant stands, every cell."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from slidesparse.plan import Phase
-from slidesparse.report import compare
+from slidesparse.report import compare, standing
 from slidesparse.report.collect import EMULATION
 from slidesparse.report.markdown import Table, code, fixed, integer, known, percent, seconds, significant, size, text
 from slidesparse.report.view import (
@@ -34,7 +34,14 @@ class PhaseBlock:
     """Its file name, drawn where there are ratios."""
     matrix: Table
     performance: Table
+    over_stock: Table
+    """Paired ratios over the engine's own kernels."""
     ratios: Table
+    """Over our dense."""
+    pairing: str
+    """Whether the variants' steps were interleaved."""
+    standing: list[str]
+    """A sentence for each variant."""
     details: Table
     facts: list[str]
     """Code paths that ran, and how they were checked."""
@@ -120,13 +127,17 @@ def _block(view: View, phase: Phase, group: Group, frame: pd.DataFrame) -> Phase
             cells.append(_rate(row, noise[(backend, sparsity, m)]) if good and row is not None else mark)
         performance.append([name, *cells])
     not_run = sum(row.count(NOT_RUN) for row in matrix)
+    stock, dense = view.stock_ratios(phase, *group), view.ratios(phase, *group)
     return PhaseBlock(
         title=title(model, dtype, emulation),
         emulation=emulation,
         figure=figure_name(phase, model, dtype, emulation),
         matrix=Table(["variant", *columns, "checked"], matrix),
         performance=Table(["tokens/s", *columns], performance),
-        ratios=_ratios(view, phase, group, ms),
+        over_stock=_ratios(view, stock, ms),
+        ratios=_ratios(view, dense, ms, "bound on a GPU" if emulation else "bound"),
+        pairing=_pairing(any(standing.stock_itself(b, s) for b, s in variants), stock, dense),
+        standing=standing.standing(view, stock, dense, emulation),
         details=_details(view, frame),
         facts=facts(view, frame),
         not_run=not_run,
@@ -139,22 +150,43 @@ def _rate(row: pd.Series, noisy: bool) -> str:
     return f"{significant(row['tokens_per_s'], 4)}{half}{' ' + marks if marks else ''}"
 
 
-def _ratios(view: View, phase: Phase, group: Group, ms: list[int]) -> Table:
-    frame = view.ratios(phase, *group)
+def _ratios(view: View, frame: pd.DataFrame, ms: list[int], limit: str = "") -> Table:
+    """`limit`: heading of the column of L/(L-2), which only binds what differs from its base in the products alone."""
     base = str(frame["baseline"].iloc[0]) if len(frame) else "dense"
     rows = []
     for backend, sparsity in view.sorted_variants(zip(frame["backend"], frame["sparsity"], strict=True)):
         part = frame[(frame["backend"] == backend) & (frame["sparsity"] == sparsity)]
         found = {int(row["m"]): ratio_cell(row) for _, row in part.iterrows()}
-        cells = [found.get(m, "") for m in ms]
-        limit = fixed(compare.bound(sparsity), 3) if sparsity else ""
-        rows.append([compare.label(backend, sparsity), limit, *cells])
-    return Table([f"against {base}", "bound on a GPU" if group[2] else "bound", *(f"M={m}" for m in ms)], rows)
+        bounds = [fixed(compare.bound(sparsity), 3) if sparsity else ""] if limit else []
+        rows.append([compare.label(backend, sparsity), *bounds, *(found.get(m, "") for m in ms)])
+    return Table([f"against {base}", *([limit] if limit else []), *(f"M={m}" for m in ms)], rows)
+
+
+def _pairing(has_stock: bool, stock: pd.DataFrame, dense: pd.DataFrame) -> str:
+    """What the ratios are of: steps that ran in turns, or measurements one after the other."""
+    lines = []
+    if has_stock and stock.empty:
+        lines.append(
+            "No ratio over the engine's own kernels: their steps were not interleaved with those of the others."
+        )
+    alone = int((~dense["paired"].astype(bool)).sum())
+    if len(dense) and alone == len(dense):
+        lines.append(
+            "**Not interleaved**: the variants were measured one after the other, so the ratios to dense are those of "
+            "two independent medians of tokens/s; drift between them is in the ratio."
+        )
+    elif alone:
+        lines.append(f"{alone} of {len(dense)} ratios to dense are of two independent medians: not interleaved.")
+    if len(stock) or len(dense) > alone:
+        lines.append(
+            "Paired ratios: the variants' steps ran in turns, in random order; a ratio is the median over the rounds."
+        )
+    return " ".join(lines)
 
 
 def _details(view: View, frame: pd.DataFrame) -> Table:
     head = ["variant", "M", "check", "tuning look-ups", "passes", "stop", "step, ms", "output tokens/s",
-            "steady tokens/s", "start-up, s", "measuring, s", "peak memory", "clock, MHz", "power, W",
+            "steady tokens/s", "start-up, s", "compile, s", "measuring, s", "peak memory", "clock, MHz", "power, W",
             "°C", "throttle"]  # fmt: skip
     rows = []
     for backend, sparsity in view.sorted_variants(zip(frame["backend"], frame["sparsity"], strict=True)):
@@ -164,8 +196,8 @@ def _details(view: View, frame: pd.DataFrame) -> Table:
                 compare.label(backend, sparsity), integer(row["m"]), state(row), text(row["tuning"]),
                 integer(row["passes"]), text(row["stop"]), significant(row["step_ms"], 4),
                 significant(row["output_tokens_per_s"], 4), significant(row["steady_tokens_per_s"], 4),
-                seconds(row["startup_s"]), seconds(row["measure_s"]), size(row["peak_rss_mib"] * 2**20),
-                integer(row["clock_mhz"]), fixed(row["power_w"], 1),
+                seconds(row["startup_s"]), seconds(row["compile_s"]), seconds(row["measure_s"]),
+                size(row["peak_rss_mib"] * 2**20), integer(row["clock_mhz"]), fixed(row["power_w"], 1),
                 fixed(row["temperature_c"], 1), text(row["throttle"]),
             ])  # fmt: skip
     return Table(*without_empty(head, rows), left=4)

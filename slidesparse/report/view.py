@@ -48,11 +48,17 @@ class View:
     def speedups(self) -> pd.DataFrame:
         return compare.speedups(self.records)
 
+    @cached_property
+    def over_stock(self) -> pd.DataFrame:
+        return compare.over_stock(self.records)
+
     def ratios(self, kind: str, model: str, dtype: str, emulation: bool) -> pd.DataFrame:
-        """The speed-ups of one table."""
-        frame = self.speedups
-        same = (frame["kind"] == kind) & (frame["model"] == model) & (frame["dtype"] == dtype)
-        return frame[same & (frame["emulation"] == emulation)]
+        """The speed-ups over dense of one table."""
+        return _of(self.speedups, kind, model, dtype, emulation)
+
+    def stock_ratios(self, kind: str, model: str, dtype: str, emulation: bool) -> pd.DataFrame:
+        """The same over the engine's own kernels."""
+        return _of(self.over_stock, kind, model, dtype, emulation)
 
     @cached_property
     def attainable(self) -> Attainable:
@@ -105,7 +111,8 @@ class View:
     @cached_property
     def _backend_order(self) -> dict[str, int]:
         profile = self.records.profile
-        names = [*profile.backends.dense, *profile.backends.sparse] if profile else []
+        backends = profile.backends if profile else None
+        names = [*backends.stock, *backends.dense, *backends.sparse] if backends else []
         return {name: index for index, name in enumerate(names)}
 
     def sorted_variants(self, variants: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -157,6 +164,11 @@ class View:
         if profile is not None and sparsity in {str(s) for s in profile.sparsity.kernel_low}:
             return "kernel_low"
         return "kernel_high" if compare.pattern_order(sparsity) <= 10 else "kernel_low"
+
+
+def _of(frame: pd.DataFrame, kind: str, model: str, dtype: str, emulation: bool) -> pd.DataFrame:
+    same = (frame["kind"] == kind) & (frame["model"] == model) & (frame["dtype"] == dtype)
+    return frame[same & (frame["emulation"] == emulation)]
 
 
 def ratio_name(emulation: bool) -> str:
