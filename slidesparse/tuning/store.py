@@ -71,6 +71,11 @@ class TuningStore:
         self._versions = dict(kernel_versions() if versions is None else versions)
         self.counts: Counter[str] = Counter()
 
+    @property
+    def path(self) -> Path:
+        """Where it lies, or will lie once it is saved."""
+        return self._path
+
     @classmethod
     def open(cls, path: Path, versions: Mapping[str, str] | None = None) -> TuningStore:
         """Read a store; empty where there is no file. `versions`: those here unless given.

@@ -148,4 +148,8 @@ def engine(name: str) -> Engine:
         from slidesparse.measure.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine()
-    raise UnsupportedHere(f"engine {name} needs an NVIDIA GPU and vLLM; this version has the transformers engine only")
+    if name == "vllm":
+        from slidesparse.measure.engines.vllm_engine import VllmEngine
+
+        return VllmEngine()
+    raise UnsupportedHere(f"engine {name} is not in this version, which has transformers and vllm")

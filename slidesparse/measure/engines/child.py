@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
 from slidesparse.errors import SlideSparseError
 
@@ -49,6 +50,7 @@ def _serve(connection: Connection) -> bool:
             method, arguments = connection.recv()
         except EOFError:
             return True
+        answer: tuple[Any, ...]
         try:
             answer = ("ok", getattr(target, method)(*arguments))
         except Exception as error:

@@ -41,12 +41,11 @@ def noise_bound(rounded: torch.Tensor, expected: torch.Tensor) -> Bound:
 def distances(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Relative L2 distance of each position's logits: [..., V] -> [...]."""
     wanted = expected.float()
-    return (found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    distance: torch.Tensor = (found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return distance
 
 
-def compare(
-    found: torch.Tensor, expected: torch.Tensor, generated: torch.Tensor, bound: Bound, against: str
-) -> Check:
+def compare(found: torch.Tensor, expected: torch.Tensor, generated: torch.Tensor, bound: Bound, against: str) -> Check:
     """Logits [S, T, V] and the engine's greedy tokens, int64 [S, G], which follow the last G positions.
 
     Passes when every position is within the bound and every greedy token is the reference's choice or within

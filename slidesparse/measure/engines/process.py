@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import slidesparse
 from slidesparse import errors
@@ -29,6 +29,7 @@ GRACE_S = 20.0
 """For an orderly end; then the process group is killed."""
 EXIT_S = 5.0
 """Between the end of the connection and that of the process."""
+Raised = TypeVar("Raised", bound=Exception)
 TAIL_LINES = 40
 """Of the child's log, attached to an error."""
 
@@ -159,7 +160,7 @@ class ChildProcess:
         self._dead = f"{self._what}: engine process {how}; see {self.log}"
         self._kill()
 
-    def _noted(self, error: Exception, trace: str = "") -> Exception:
+    def _noted(self, error: Raised, trace: str = "") -> Raised:
         """With the child's traceback and the end of its log, which a traceback here then shows."""
         with suppress(OSError):
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]

@@ -1,0 +1,324 @@
+"""vLLM in the child process of a session: starts the engine, runs counted steps one by one, checks them.
+
+The engine core lives in this process (no second one schedules behind our back), so a step is a call: what it schedules
+and samples is read where it is done, and its time is that of `LLMEngine.step`, which returns when the step's tokens
+are on the host. Arrays cross the process boundary as NumPy, never as torch tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch._C._autograd import DeviceType
+
+from slidesparse.checkpoint.checkpoint import Checkpoint
+from slidesparse.errors import VerificationError
+from slidesparse.kernels import verify
+from slidesparse.kernels.verify import Check
+from slidesparse.measure.engines import vllm_rank
+from slidesparse.measure.engines.base import StepResult
+from slidesparse.measure.engines.logits import GENERATED, compare, noise_bound
+from slidesparse.measure.engines.model import reference_model
+from slidesparse.measure.step_profile import KernelSpan, StepProfile
+from slidesparse.plan import Phase, Variant
+from slidesparse.vllm_plugin.buckets import bucket
+from slidesparse.vllm_plugin.register import register
+
+Tokens = npt.NDArray[np.int64]
+
+
+class VllmWorker:
+    """Made by `child.py`; `VllmSession` calls the public methods."""
+
+    def __init__(self, arguments: dict[str, Any], variant: Variant, opened: float) -> None:
+        """Start the engine.
+
+        Args:
+            arguments: of `vllm.LLM`.
+            opened: `time.monotonic()` when the session was asked for.
+        """
+        register()  # not by the entry point alone: a checkout that is not installed has none
+        from vllm import LLM
+
+        self._variant = variant
+        self._checkpoint = Checkpoint.open(Path(arguments["model"]))
+        self._ranks = int(arguments["tensor_parallel_size"])
+        with _when_weights_are_there() as loaded:
+            self._llm = LLM(**arguments)
+        self._engine = self._llm.llm_engine
+        self._scheduler = self._engine.engine_core.engine_core.scheduler
+        self._numbers = count()
+        self._scheduled: list[Any] = []
+        self._sampled: list[Any] = []
+        self._sizes: Counter[int] = Counter()
+        self._watch_scheduler()
+        self._on_ranks(vllm_rank.watch_graphs)
+        self._startup_s = loaded[0] - opened
+        self._compile_s = time.monotonic() - loaded[0]
+
+    def facts(self) -> dict[str, Any]:
+        """What a session says of itself."""
+        return {
+            "startup_s": self._startup_s,
+            "compile_s": self._compile_s,
+            "vocabulary": int(self._llm.model_config.get_vocab_size()),
+        }
+
+    # -- steps -------------------------------------------------------------------------------------------
+
+    def prefill_step(self, tokens: Tokens) -> StepResult:
+        """Prompts [S, P] in exactly one step. Raises VerificationError when it took more."""
+        self._add(tokens, 1)
+        with self._nothing_left():
+            step, finished = self._step()
+            self._require(len(finished) == len(tokens), tokens, "one step", step)
+        return step
+
+    def decode(self, tokens: Tokens, output_len: int) -> tuple[StepResult, list[StepResult], Tokens]:
+        """Prompts [S, P] in one step, then `output_len` - 1 steps of one token a sequence; tokens [S, output_len]."""
+        numbers = self._add(tokens, output_len)
+        with self._nothing_left():
+            prefill, finished = self._step()
+            self._require(prefill.outputs == len(tokens), tokens, "one step for the prompts", prefill)
+            steps = []
+            for _ in range(output_len - 1):
+                step, finished = self._step()
+                steps.append(step)
+            by_number = {output.request_id: output.outputs[0].token_ids for output in finished}
+            self._require(set(by_number) == set(numbers), tokens, f"{output_len} steps", (steps or [prefill])[-1])
+        return prefill, steps, np.array([by_number[number] for number in numbers], dtype=np.int64)
+
+    def profile_step(self, tokens: Tokens, phase: Phase) -> StepProfile | None:
+        """GPU kernels of one step of that size; decode: of the second step after the prompts'.
+
+        None without a GPU, and on several ranks, whose kernels run in other processes.
+        """
+        if self._ranks > 1 or not torch.cuda.is_available():
+            return None
+        self._add(tokens, 1 if phase == "prefill" else 4)
+        with self._nothing_left():
+            for _ in range(0 if phase == "prefill" else 2):
+                self._step()
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                step, _ = self._step()
+                torch.cuda.synchronize()
+        # CUPTI records the kernels inside a graph's launch one by one. Copies and fills are among them.
+        spans = [
+            KernelSpan(event.name, event.time_range.start, event.time_range.end)
+            for event in profile.events()
+            if event.device_type is DeviceType.CUDA
+        ]
+        return StepProfile.of(spans, step.seconds * 1e6)
+
+    # -- checks ------------------------------------------------------------------------------------------
+
+    def check_logits(self, prompts: Tokens) -> Check:
+        """Logits of GENERATED greedy tokens after each prompt, against transformers with dequantised weights.
+
+        The reference reads the engine's own tokens. Its bfloat16 logits, beside its float32 ones, say how far rounding
+        alone moves them: that is what the bound is made of.
+        """
+        self._on_ranks(vllm_rank.keep_logits)
+        try:
+            tokens = self.decode(prompts, GENERATED)[2]
+        finally:
+            kept = self._on_ranks(vllm_rank.take_logits)[0]
+        found = self._in_prompt_order(kept, len(prompts))
+        generated = torch.from_numpy(tokens)
+        text = torch.cat([torch.from_numpy(prompts), generated[:, :-1]], dim=1)
+        expected, rounded = (self._reference(text, kind)[:, -GENERATED:] for kind in (torch.float32, torch.bfloat16))
+        greedy = _sampled_greedily(found, generated)
+        if not greedy.ok:
+            return greedy
+        against = "the dequantised transformers model in float32"
+        return compare(found, expected, generated, noise_bound(rounded, expected), against)
+
+    def check_step(self, tokens: Tokens, phase: Phase) -> Check:
+        """The linears of a decoder layer at the very M, and that M itself in a step of the engine, untimed."""
+        sequences, length = tokens.shape
+        m = sequences if phase == "decode" else sequences * length
+        if self._ranks > 1:
+            found = Check("not_checked", f"not checked layer by layer: {self._ranks} ranks")
+        else:
+            arguments = (self._checkpoint.folder, self._variant, m)
+            checks = self._on_ranks(vllm_rank.check_linears, *arguments)[0]
+            worst = verify.worst(checks)
+            found = Check(worst.verified, f"{len(checks)} linears of a layer at M={m}: {worst.text}")
+        step = self.prefill_step(tokens) if phase == "prefill" else self.decode(tokens, 2)[1][-1]
+        if step.tokens != m:
+            return Check("failed", f"a {phase} step held {step.tokens} tokens, expected {m}")
+        return found
+
+    # -- what ran ------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A cell starts. What graphs were captured from stays: a replay of a graph calls no operator of ours."""
+        self._sizes.clear()
+        self._on_ranks(vllm_rank.forget_graphs)
+
+    def path(self) -> str:
+        """Model, graphs, attention and linears of the steps since `begin`; linears at the M of most of them."""
+        seen = self._on_ranks(vllm_rank.what_runs)[0]
+        m = self._sizes.most_common(1)[0][0] if self._sizes else 0
+        graphs = seen["graphs"].get(m, "no graph")
+        parts = [
+            f"vLLM {importlib.metadata.version('vllm')} {seen['model']}, V1 model runner",
+            f"M={m}: {graphs}",
+            f"attention {'+'.join(seen['attention'])}",
+            "+".join(seen["kernels"]),
+        ]
+        if self._ranks > 1:
+            parts.append(f"{self._ranks} ranks")
+        text = ", ".join(parts)
+        if m:
+            prefix = f"M={bucket(m)}: "
+            ran = {kind: [p for p in paths if p.startswith(prefix)] for kind, paths in seen["paths"].items()}
+            text += "".join(f"; {kind}: {' | '.join(paths)}" for kind, paths in sorted(ran.items()) if paths)
+        return text
+
+    def tuning(self) -> str:
+        """Look-ups of the store since the engine started: algorithms are chosen when graphs are captured."""
+        return str(self._on_ranks(vllm_rank.look_ups)[0])
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of GPU memory that torch holds in rank 0: now, and at most."""
+        found: dict[str, int] = self._on_ranks(vllm_rank.memory)[0]
+        return found
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._engine.engine_core.shutdown()
+
+    # -- inside ------------------------------------------------------------------------------------------
+
+    def _on_ranks(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        answers: list[Any] = self._engine.collective_rpc(function, args=arguments)
+        return answers
+
+    def _add(self, tokens: Tokens, outputs: int) -> list[str]:
+        """Queue prompts [S, P]; their numbers, in order."""
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            max_tokens=outputs,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        numbers = []
+        for prompt in tokens.tolist():
+            numbers.append(str(next(self._numbers)))
+            self._engine.add_request(numbers[-1], tokens_input(prompt), params)
+        return numbers
+
+    def _step(self) -> tuple[StepResult, list[Any]]:
+        """One step: its result, and the requests that it finished."""
+        self._scheduled.clear()
+        self._sampled.clear()
+        start = time.perf_counter()
+        finished = self._engine.step()
+        seconds = time.perf_counter() - start
+        if len(self._scheduled) != 1:
+            raise VerificationError(f"check failed: one step of the engine scheduled {len(self._scheduled)} times")
+        tokens = int(self._scheduled[0].total_num_scheduled_tokens)
+        outputs = sum(len(ids) for output in self._sampled for ids in output.sampled_token_ids)
+        self._sizes[tokens] += 1
+        return StepResult(seconds, tokens, outputs), finished
+
+    def _watch_scheduler(self) -> None:
+        """Keep what it schedules and what comes back: counts are taken from these."""
+        scheduler = self._scheduler
+        schedule, update = scheduler.schedule, scheduler.update_from_output
+
+        def scheduling(*arguments: Any, **keywords: Any) -> Any:
+            output = schedule(*arguments, **keywords)
+            self._scheduled.append(output)
+            return output
+
+        def updating(scheduled: Any, output: Any, *arguments: Any, **keywords: Any) -> Any:
+            self._sampled.append(output)
+            return update(scheduled, output, *arguments, **keywords)
+
+        scheduler.schedule, scheduler.update_from_output = scheduling, updating
+
+    @contextmanager
+    def _nothing_left(self) -> Iterator[None]:
+        """However the block ends, no request is left for the next one."""
+        try:
+            yield
+        finally:
+            left = [*self._engine.output_processor.request_states]
+            if left:
+                self._engine.abort_request(left, internal=True)
+
+    @staticmethod
+    def _require(condition: bool, tokens: Tokens, wanted: str, step: StepResult) -> None:
+        if not condition:
+            raise VerificationError(
+                f"check failed: {tokens.shape[0]} prompts of {tokens.shape[1]} tokens did not take {wanted}: a step "
+                f"held {step.tokens} tokens and gave {step.outputs}"
+            )
+
+    @staticmethod
+    def _in_prompt_order(kept: list[tuple[list[str], torch.Tensor]], prompts: int) -> torch.Tensor:
+        """Logits by step and internal request number -> [S, steps, V]; numbers ascend with the prompts."""
+        steps = []
+        for names, logits in kept:
+            order = sorted(range(len(names)), key=lambda row: int(names[row].partition("-")[0]))
+            steps.append(logits[order])
+        shapes = {tuple(step.shape) for step in steps}
+        if len(steps) != GENERATED or len(shapes) != 1 or steps[0].shape[0] != prompts:
+            raise VerificationError(f"check failed: logits came in {len(steps)} pieces of {sorted(shapes)}")
+        return torch.stack(steps, dim=1)
+
+    @torch.inference_mode()
+    def _reference(self, text: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+        """Logits of the dequantised model, float32 [S, P, V] on the CPU."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = reference_model(self._checkpoint, kind, device=device)
+        logits: torch.Tensor = model(input_ids=text.to(device), use_cache=False).logits.float().cpu()
+        del model
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        return logits
+
+
+def _sampled_greedily(found: torch.Tensor, generated: torch.Tensor) -> Check:
+    """The tokens are the largest of these very logits: nothing between them and the sampler."""
+    chosen = found.gather(-1, generated.unsqueeze(-1)).squeeze(-1)
+    wrong = int((chosen != found.max(dim=-1).values).sum())
+    if wrong:
+        return Check("failed", f"{wrong} of {generated.numel()} tokens are not the largest of the engine's own logits")
+    return Check("exact", "greedy")
+
+
+@contextmanager
+def _when_weights_are_there() -> Iterator[list[float]]:
+    """Gets the time when every rank has loaded its model: what vLLM does next is compile, warm up and capture."""
+    from vllm.v1.engine.core import EngineCore
+
+    genuine = EngineCore._initialize_kv_caches
+    times: list[float] = []
+
+    def noting(core: Any, config: Any) -> Any:
+        times.append(time.monotonic())
+        return genuine(core, config)
+
+    EngineCore._initialize_kv_caches = noting
+    try:
+        yield times
+    finally:
+        EngineCore._initialize_kv_caches = genuine
