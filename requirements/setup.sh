@@ -87,6 +87,7 @@ pin=$(<"requirements/torch-$choice.txt")
 base=$({ echo "$venv $choice"; digest requirements/base.lock "requirements/torch-$choice.txt"; } | sha256sum)
 dev=$(digest requirements/dev.lock requirements/triton.txt)
 project=$(digest pyproject.toml)
+vllm=$(digest requirements/vllm.lock)
 gpu=$(digest requirements/gpu.txt csrc/CMakeLists.txt csrc/*/*)
 
 if ! current base "$base" || ! "$python" -c pass 2>/dev/null; then
@@ -97,6 +98,11 @@ fi
 if ! current project "$project"; then
   pip install --no-deps --no-build-isolation --editable .
   done_with project "$project"
+fi
+if [ "$choice" = cuda ] && ! current vllm "$vllm"; then
+  say "vLLM and what it needs (vllm.lock); about 2 GB"
+  pip install --no-deps --require-hashes -r requirements/vllm.lock
+  done_with vllm "$vllm"
 fi
 if [ "$choice" = cuda ] && ! current gpu "$gpu"; then
   say "GPU libraries (gpu.txt), then csrc/ with them"
