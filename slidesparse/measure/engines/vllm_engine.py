@@ -11,7 +11,7 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -58,6 +58,8 @@ class VllmEngine:
     """See `base.Engine`."""
 
     name = "vllm"
+    worker: ClassVar[str] = WORKER
+    """What the child process makes."""
 
     def require(self, machine: Machine) -> None:
         if machine.gpu is None:
@@ -88,10 +90,10 @@ class VllmEngine:
         require_fits(checkpoint, str(folder), dtype, variant)
         tuning = None if store is None or not store.path.is_file() else store.path
         arguments = engine_arguments(checkpoint, variant, tuning, limits)
-        return start(arguments, variant, opened, f"{folder.name} {variant}")
+        return start(self.worker, arguments, variant, opened, f"{folder.name} {variant}")
 
 
-def start(arguments: dict[str, Any], variant: Variant, opened: float, what: str, worker: str = WORKER) -> VllmSession:
+def start(worker: str, arguments: dict[str, Any], variant: Variant, opened: float, what: str) -> VllmSession:
     """A session on an engine with these arguments. Raises as `ChildProcess` does."""
     keywords = {"arguments": arguments, "variant": variant, "opened": opened}
     process = ChildProcess(worker, keywords, what=what, environment=environment(), start_s=START_S, call_s=CALL_S)
