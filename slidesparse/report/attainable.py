@@ -91,3 +91,16 @@ class Attainable:
         operations = 2 * m * n * (k if sparsity is None else sparsity.lifted_k(k))
         moved = gemm_bytes(dtype, m, n, k, sparsity, output_bytes(dtype, path))
         return max(operations / (rate * 1e6), moved / (self.copy * 1e3))
+
+    def roofline(self, moved: int, operations: int = 0, dtype: str = "") -> float | None:
+        """Shortest time in µs of bytes moved and of dense operations of a type, whichever takes longer.
+
+        None: a rate is missing.
+        """
+        if self.copy is None:
+            return None
+        memory = moved / (self.copy * 1e3)
+        if not operations:
+            return memory
+        rate = self.tensor.get((dtype, False))
+        return None if rate is None else max(operations / (rate * 1e6), memory)

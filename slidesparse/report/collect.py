@@ -34,6 +34,7 @@ from slidesparse.rows import (
     PrefillRow,
     PrepareRow,
     Row,
+    StepRow,
     TuneRow,
 )
 
@@ -74,6 +75,8 @@ class Records:
     linear: pd.DataFrame
     """Columns `model`, `dtype`, `file` come from the place."""
     calibration: pd.DataFrame
+    steps: pd.DataFrame
+    """Categories of profiled engine steps. Columns `model`, `dtype`, `file` come from the place."""
     logs: tuple[str, ...]
     problems: tuple[str, ...]
     """Files that are there and could not be read, one line each."""
@@ -130,6 +133,7 @@ def collect(tree: ResultTree) -> Records:
         kernel=reader.kernel(),
         linear=reader.linear(),
         calibration=reader.table(tree.calibration, CalibrationRow),
+        steps=reader.steps(),
         logs=tuple(sorted(path.relative_to(tree.root).as_posix() for path in tree.logs.glob("*.log"))),
         problems=tuple(reader.problems),
     )
@@ -236,12 +240,19 @@ class _Reader:
         return _unlifted(_join(frames))
 
     def linear(self) -> pd.DataFrame:
+        return self._of_models(self._tree.linear("x", DType.INT8).parent, "linear_", LinearRow)
+
+    def steps(self) -> pd.DataFrame:
+        return self._of_models(self._tree.step_profile("x", DType.INT8).parent, "steps_", StepRow)
+
+    def _of_models(self, folder: Path, prefix: str, row: type[Row]) -> pd.DataFrame:
+        """Tables of a folder whose names are PREFIX, model and type."""
         frames = []
-        for path in sorted(self._tree.linear("x", DType.INT8).parent.glob("linear_*.csv")):
-            model, _, suffix = path.stem.removeprefix("linear_").rpartition("-")
+        for path in sorted(folder.glob(f"{prefix}*.csv")):
+            model, _, suffix = path.stem.removeprefix(prefix).rpartition("-")
             if suffix in _DTYPE_FOLDERS:
                 place = {"model": model, "dtype": _DTYPE_FOLDERS[suffix].value, "file": self._relative(path)}
-                frames.append(self.table(path, LinearRow, **place))
+                frames.append(self.table(path, row, **place))
         return _join(frames)
 
     def _relative(self, path: Path) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from slidesparse.dtypes import DType
 from slidesparse.plan import SQUARE
-from slidesparse.report import calibration, compare, linear
+from slidesparse.report import calibration, compare, linear, steps
 from slidesparse.report.comparison import Published
 from slidesparse.report.markdown import Table, fixed, integer
 from slidesparse.report.standing import STOCK_NAME, span
@@ -74,7 +74,7 @@ def conclusions(view: View, published: Published) -> Conclusions:
     for (kind, model, dtype, emulation), part in _over_stock(view):
         subject = f"{compare.KIND_NAMES[kind]}, {title(model, dtype, emulation)}, against {STOCK_NAME}"
         statements += _statements(view, subject, part, emulation, STOCK_NAME)
-    statements += _attainable(view)
+    statements += steps.summary(view) + _attainable(view)
     if published.same and published.summary:
         statements.append(_published(published))
     elif not published.same and not view.emulation:
@@ -233,7 +233,7 @@ def _limits(view: View) -> list[str]:
     failed, skipped = (sum(int((f["status"] == name).sum()) for f in frames) for name in ("failed", "skipped"))
     hot = sum(int(throttled(f).sum()) for f in frames)
     if failed or skipped:
-        lines.append(f"{failed} benchmark cells failed and {skipped} were skipped: section 12 gives the reasons.")
+        lines.append(f"{failed} benchmark cells failed and {skipped} were skipped: section 13 gives the reasons.")
     if hot:
         lines.append(f"{hot} rows were measured while the GPU was throttled beyond its power cap.")
     return lines

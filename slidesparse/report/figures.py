@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from slidesparse.files import write_text
 from slidesparse.plan import SQUARE
-from slidesparse.report import compare
+from slidesparse.report import compare, step_figure, steps
 from slidesparse.report.view import View, figure_name, ratio_name
 
 STYLE = {
@@ -44,9 +44,10 @@ class Panel:
 
 
 def draw_all(view: View, folder: Path) -> set[str]:
-    """Write one figure for each (kind, model, type, emulation) with ratios; returns their file names.
+    """Write a figure for each (kind, model, type, emulation) with ratios and each (model, type) with profiled steps.
 
-    SVGs that an earlier report left in the folder and this one does not show are removed.
+    Returns their file names. SVGs that an earlier report left in the folder and this one does not show are
+    removed.
 
     Raises:
         DiskError: the folder cannot be written.
@@ -63,6 +64,11 @@ def draw_all(view: View, folder: Path) -> set[str]:
         if len(panels) == 1 or kind == "kernel":
             heading += f" against {panels[0].ratios['baseline'].iloc[0]}"
         write_text(folder / name, svg(view, heading, panels))
+        names.add(name)
+    for model, dtype, parts in steps.profiled(view):
+        name = figure_name(steps.KIND, model, dtype, False)
+        heading = f"Where the time of a step goes, {model} {dtype}"
+        write_text(folder / name, step_figure.svg(heading, parts, STYLE, NO_METADATA))
         names.add(name)
     for stale in sorted(folder.glob("*.svg")):
         if stale.name not in names:

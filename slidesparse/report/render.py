@@ -20,6 +20,7 @@ from slidesparse.report import (
     models,
     overview,
     published,
+    steps,
     throughput,
 )
 from slidesparse.report import view as views
@@ -58,6 +59,7 @@ def render_report(tree: ResultTree, others: Sequence[Path] = ()) -> Path:
         overview=overview,
         models=models,
         phases=[throughput.phase_section(view, "prefill"), throughput.phase_section(view, "decode")],
+        steps=steps.step_section(view),
         kernel=kernels.kernel_section(view),
         linear=linear.linear_section(view),
         calibration=calibration.calibration_section(view),

@@ -1,0 +1,187 @@
+"""Ratios over the engine's own kernels and over dense: paired where steps ran in turns, said so where they did not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from fixtures.result_trees import CPU, ENDS, GPU, OVER_STOCK, Writer
+from hypothesis import given
+from hypothesis import strategies as st
+from report_text import block, section, table_under, tables
+
+from slidesparse.report import compare
+from slidesparse.report.collect import collect
+from slidesparse.report.render import render_report
+from slidesparse.report.standing import sizes
+from slidesparse.result_tree import ResultTree
+
+PREFILL = 3
+"""Place of the task."""
+HEADING = "Prefill, BitNet-2B INT8"
+
+
+def paired(name: str, ratio: float, low: float, high: float) -> dict[str, float]:
+    return {name: ratio, f"{name}_low": low, f"{name}_high": high}
+
+
+def variant(sparsity: str, m: int) -> str:
+    return f"prefill BitNet-2B-INT8 cusparselt {sparsity} M={m}"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> ResultTree:
+    """2:8 loses to stock up to M=2048, cannot be told at 4096 and wins above; 2:10 loses everywhere."""
+    writer = Writer(tmp_path_factory.mktemp("stock"), "bitnet-2b", GPU)
+    for m in writer.profile.prefill.m:
+        low, high = (0.94, 0.96) if m < 4096 else (0.99, 1.02) if m == 4096 else (1.01, 1.03)
+        writer.changes[variant("2:8", m)] = paired("over_stock", (low + high) / 2, low, high)
+        writer.changes[variant("2:10", m)] = paired("over_stock", 0.9, 0.89, 0.91)
+    writer.changes[variant("2:8", 32768)] |= {"verified": "not_checked"}
+    writer.changes["prefill BitNet-2B-INT8 vllm M=8192"] = {"status": "failed", "reason": "out of memory"}
+    writer.task(writer.plan.tasks[PREFILL])
+    writer.environment()
+    render_report(writer.tree)
+    return writer.tree
+
+
+@pytest.fixture(scope="module")
+def text(tree: ResultTree) -> str:
+    return tree.report.read_text()
+
+
+# -- numbers -------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_the_rows_own(tree: ResultTree) -> None:
+    records = collect(tree)
+    frame = compare.over_stock(records)
+    dense = frame[(frame["dtype"] == "INT8") & (frame["sparsity"] == "") & (frame["m"] == 512)].iloc[0]
+    assert (dense["backend"], dense["baseline"], dense["paired"]) == ("cublaslt", "vllm", True)
+    assert dense["ratio"] == pytest.approx(OVER_STOCK)
+    assert dense["low"] == pytest.approx(OVER_STOCK * ENDS["low"])
+    assert not (frame["backend"] == "vllm").any(), "nothing is compared with itself"
+    over_dense = compare.speedups(records)
+    stock = over_dense[(over_dense["backend"] == "vllm") & (over_dense["m"] == 512)]
+    assert stock["ratio"].to_numpy() == pytest.approx(1 / OVER_STOCK)
+    assert over_dense["paired"].all()
+
+
+def test_a_paired_ratio_is_taken_before_that_of_two_medians(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer.changes = {
+        variant("2:8", 1024): {"tokens_per_s": 99_000.0, **paired("over_dense", 0.97, 0.96, 0.98)},
+        variant("2:8", 2048): {"tokens_per_s": 18_000.0, **paired("over_dense", -1.0, -1.0, -1.0)},
+    }
+    writer.task(writer.plan.tasks[PREFILL])
+    frame = compare.speedups(collect(writer.tree))
+    rows = frame[(frame["dtype"] == "INT8") & (frame["sparsity"] == "2:8")].set_index("m")
+    assert (rows.loc[1024, "ratio"], rows.loc[1024, "verdict"]) == (0.97, "slower")
+    assert rows.loc[2048, "ratio"] == pytest.approx(2.0)
+    assert list(rows["paired"][[1024, 2048]]) == [True, False]
+    writer.environment()
+    assert "1 of 35 ratios to dense are of two independent medians: not interleaved." in block(
+        render_report(writer.tree).read_text(), HEADING
+    )
+
+
+# -- words ---------------------------------------------------------------------------------------------
+
+
+def test_each_pattern_stands_in_one_plain_sentence(text: str) -> None:
+    said = block(text, HEADING)
+    assert (
+        "- **cusparselt 2:8**: 0.95 to 1.02 times the rate of stock vLLM (faster at M=8192, 16384; **slower** at "
+        "M=512 to 2048; no difference shown at M=4096; 1 not checked); "
+    ) in said
+    assert "- **cusparselt 2:10**: 0.90 times the rate of stock vLLM (**slower** at every M);" in said
+    assert "- **cublaslt**: 1.15 times the rate of stock vLLM (faster at every M" in said
+    assert len(re.findall(r"^- \*\*", said, re.M)) == 5
+    assert "not interleaved" not in said.lower()
+
+
+def test_conclusions_and_headline_name_stock(text: str) -> None:
+    said = section(text, "Conclusions")
+    line = next(line for line in said.splitlines() if line.startswith(f"- {HEADING}, against stock vLLM"))
+    assert "**slower at every size measured**: cusparselt 2:10" in line
+    assert "depends on the size, or no difference shown: cusparselt 2:8" in line
+    assert f"- {HEADING}, times the rate of stock vLLM, all M: cublaslt 1.15" in text[: text.index("## 1.")]
+
+
+def test_tables_show_stock_as_a_row_and_as_a_base(text: str) -> None:
+    performance, over_stock, over_dense = (table_under(text, HEADING, number) for number in (1, 2, 3))
+    assert [row[0] for row in performance[2:4]] == ["vllm", "cublaslt"]
+    failed = performance[0].index("M=8192")
+    assert performance[2][failed] == "✗"
+    assert over_stock[0][0] == "against vllm"
+    assert "bound" not in over_stock[0], "L/(L-2) does not bind a ratio to another pipeline"
+    assert {row[0]: row[1] for row in over_stock[2:]}["cusparselt 2:8"] == "▼ 0.95 [0.94, 0.96]"
+    assert [row[0] for row in over_dense] == [
+        "against cublaslt", "----------------", "vllm", *(f"cusparselt {p}" for p in ("2:4", "2:6", "2:8", "2:10")),
+    ]  # fmt: skip
+    assert "bound" in over_dense[0]
+
+
+def test_compile_time_has_a_column_of_its_own(text: str) -> None:
+    details = tables(block(text, HEADING))[-1]
+    assert details[2][details[0].index("compile, s")] == "31.4"
+
+
+def test_the_figure_has_a_panel_for_each_base(tree: ResultTree) -> None:
+    svg = (tree.figures / "prefill_BitNet-2B-INT8.svg").read_text()
+    assert "against stock (vllm)" in svg
+    assert "against cublaslt" in svg
+    assert "stock time / time" in svg
+
+
+def test_without_paired_ratios_the_report_says_so(tmp_path: Path) -> None:
+    """Stock beside the others, but never in turns with them: no ratio to stock may be shown."""
+    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    gone = paired("over_stock", -1.0, -1.0, -1.0) | paired("over_dense", -1.0, -1.0, -1.0)
+    writer.changes = {str(cell): gone for cell in writer.plan.tasks[PREFILL].cells}
+    writer.task(writer.plan.tasks[PREFILL])
+    writer.environment()
+    said = block(render_report(writer.tree).read_text(), HEADING)
+    assert "No ratio over the engine's own kernels: their steps were not interleaved" in said
+    assert "**Not interleaved**: the variants were measured one after the other" in said
+    assert "against vllm" not in said
+    assert "stock vLLM" not in said
+
+
+def test_old_records_without_these_columns_render(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, "smoke", CPU)
+    writer.task(writer.plan.tasks[PREFILL])
+    writer.environment()
+    for path in writer.tree.root.rglob("*_prefill.csv"):
+        frame = pd.read_csv(path, keep_default_na=False)
+        old = [name for name in frame.columns if not name.startswith("over_") and name != "compile_s"]
+        frame[old].to_csv(path, index=False)
+    said = block(render_report(writer.tree).read_text(), "Prefill, BitNet-tiny INT8 (emulation)")
+    assert "**Not interleaved**" in said
+    assert "compile, s" not in said
+    assert "times the rate of dense (cpu_dense)" in said
+
+
+# -- sizes ---------------------------------------------------------------------------------------------
+
+
+@given(st.sets(st.integers(1, 12), min_size=1), st.data())
+def test_sizes_name_every_size_and_no_other(powers: set[int], data: st.DataObject) -> None:
+    every = sorted(2**p for p in powers)
+    some = sorted(data.draw(st.sets(st.sampled_from(every), min_size=1)))
+    said = sizes(some, every)
+    named: list[int] = []
+    for part in [] if said == "every M" else said.removeprefix("M=").split(", "):
+        first, _, last = part.partition(" to ")
+        named += [m for m in every if int(first) <= m <= int(last or first)]
+    assert (every if said == "every M" else named) == some
+
+
+def test_decode_has_its_sentences_too(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer.task(writer.plan.tasks[PREFILL + 1])
+    writer.environment()
+    said = block(render_report(writer.tree).read_text(), "Decode, BitNet-2B FP8E4M3")
+    assert len(re.findall(r"^- \*\*cu.*times the rate of stock vLLM", said, re.M)) == 5
