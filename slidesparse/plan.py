@@ -60,7 +60,20 @@ class ConvertCell:
         return f"{self.model}-{self.dtype.suffix}-SlideSparse-{self.sparsity.slug}"
 
 
-Operation = Literal["dense_gemm", "quantise", "sparse_gemm", "dequantise_bias", "quantise_lift"]
+Operation = Literal[
+    "dense_gemm", "quantise", "sparse_gemm", "dequantise_bias", "quantise_lift",
+    "norm_quantise", "add_norm_quantise", "gate_norm_quantise",
+    "norm_quantise_lift", "add_norm_quantise_lift", "gate_norm_quantise_lift",
+]  # fmt: skip
+"""The last six: the fused BitNet kernels (`kernels/bitnet_reference.py`), dense and lifting."""
+FUSED_BEFORE: tuple[tuple[Operation, Operation, tuple[str, ...]], ...] = (
+    ("norm_quantise", "norm_quantise_lift", ("qkv", "o")),
+    ("add_norm_quantise", "add_norm_quantise_lift", ("qkv", "gate_up")),
+    ("gate_norm_quantise", "gate_norm_quantise_lift", ("down",)),
+)
+"""A fused kernel, dense and lifting, and the linears it stands before (qkv of the first block has nothing to add)."""
+SPLIT_BY_RANKS = ("o", "down")
+"""Linears whose K tensor parallelism splits: their norms need the other ranks' squares, so nothing is fused there."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +280,8 @@ def _variants(p: Profile, patterns: tuple[Sparsity, ...]) -> list[Variant]:
 def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
     """Coarse: dense GEMM and quantise. Fine: sparse GEMM, dequantise + bias, quantise + lift.
 
-    Quantise + lift is tuned for every pattern that whole linear layers are measured with.
+    Quantise + lift is tuned for every pattern that whole linear layers are measured with. The fused BitNet kernels,
+    fine, for the end-to-end patterns, where the engine runs them: in vLLM.
 
     A kernel that works on activations depends on K alone, one that works on outputs on N alone, so
     those get one cell for each distinct size (N or K is then 0).
@@ -290,6 +304,22 @@ def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
             yield TuneCell(model, dtype, "fine", "quantise_lift", variant, m, 0, k)
         for m, backend, n in product(p.tune.fine_m, p.backends.sparse, rows):
             yield TuneCell(model, dtype, "fine", "dequantise_bias", Variant(backend), m, n, 0)
+        if p.engine == "vllm" and models[model].config["model_type"] == "bitnet":
+            yield from _tune_fused(p, model, dtype, models[model].linear_shapes())
+
+
+def _tune_fused(p: Profile, model: str, dtype: DType, shapes: dict[str, tuple[int, int]]) -> Iterator[TuneCell]:
+    """Dense as finely as lifted: both run at every M of decode, where a launch's choice matters most.
+
+    Backends share these kernels and their winners, so one dense and one sparse backend stand for all.
+    """
+    dense_side, sparse_side = p.backends.dense[:1], p.backends.sparse[:1]
+    variants = [Variant(backend) for backend in dense_side]
+    variants += [Variant(backend, pattern) for backend, pattern in product(sparse_side, p.sparsity.end_to_end)]
+    left_out = SPLIT_BY_RANKS if p.vllm.tensor_parallel_size > 1 else ()
+    for m, variant, (dense, lifting, layers) in product(p.tune.fine_m, variants, FUSED_BEFORE):
+        for k in sorted({shapes[layer][1] for layer in layers if layer not in left_out}):
+            yield TuneCell(model, dtype, "fine", dense if variant.sparsity is None else lifting, variant, m, 0, k)
 
 
 def _end_to_end(p: Profile) -> list[Variant]:

@@ -23,8 +23,17 @@ def view(tmp_path_factory: pytest.TempPathFactory) -> View:
 def test_every_kernel_pattern_and_size_has_a_line(view: View) -> None:
     tune = view.records.tune
     table = activation_table(view, tune[tune["dtype"] == "INT8"])
-    lifted = [row for row in table.rows if "cusparselt 2:" in row[1]]
-    assert len(lifted) == 8 * 2, "each pattern at K = 2560 and 6912"
+    names = [row[0] for row in table.rows]
+    lines = {name: names[place + 1 :] for place, name in enumerate(names) if name}
+    count = {
+        name: 1 + next((place for place, after in enumerate(rest) if after), len(rest)) for name, rest in lines.items()
+    }
+    assert count == {
+        "quantise": 2, "quantise + lift": 8 * 2, "dequantise + bias": 3,
+        "norm + quantise": 1, "norm + quantise + lift": 4,
+        "add + norm + quantise": 1, "add + norm + quantise + lift": 4,
+        "gate + norm + quantise": 1, "gate + norm + quantise + lift": 4,
+    }, "each pattern of the linears at K = 2560 and 6912; fused kernels at their one K"  # fmt: skip
     assert [row[2] for row in table.rows[-3:]] == ["N=2560", "N=3840", "N=13824"]
     assert list(table.head[3:5]) == ["M=64", "M=128"]
 

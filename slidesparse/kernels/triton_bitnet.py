@@ -47,11 +47,13 @@ NORM_LAUNCHES = tuple(
 """Candidates of tuning. `words`: words of 4 values that one access of all lanes loads, 32 * warps or twice as many."""
 AT_EASE, HELD = 16, 32
 """Pairs that a lane holds: up to AT_EASE of three operands in 64 registers, never more than HELD."""
+MOST_TILES = 8
+"""Accesses a lane that are worth tuning: more take seconds to compile, and a launch of twice the words has half."""
 
 
 def launches(k: int) -> tuple[Launch, ...]:
     """Candidates for rows of K values, the default first. Raises ValueError for rows that no launch can hold."""
-    able = [launch for launch in NORM_LAUNCHES if k <= 2 * HELD * WARP * launch.warps]
+    able = [one for one in NORM_LAUNCHES if k <= min(2 * HELD * WARP * one.warps, 4 * MOST_TILES * one.words)]
     if not able:
         raise ValueError(f"norm and quantise: K={k} is more than the {2 * HELD * WARP * 32} that a program can hold")
     return tuple(sorted(able, key=lambda launch: k > 2 * AT_EASE * WARP * launch.warps))

@@ -1,4 +1,4 @@
-"""Activation kernels beside memory: quantise (+ lift) and dequantise + bias against a copy of as many bytes."""
+"""Activation kernels beside memory: each against a copy of as many bytes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from slidesparse.report.view import View
 OPERATIONS = {
     "quantise": "quantise",
     "quantise_lift": "quantise + lift",
+    "norm_quantise": "norm + quantise",
+    "norm_quantise_lift": "norm + quantise + lift",
+    "add_norm_quantise": "add + norm + quantise",
+    "add_norm_quantise_lift": "add + norm + quantise + lift",
+    "gate_norm_quantise": "gate + norm + quantise",
+    "gate_norm_quantise_lift": "gate + norm + quantise + lift",
     "dequantise_bias": "dequantise + bias",
 }
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from typing import get_args
 
 import torch
 
 from slidesparse.dtypes import DType
-from slidesparse.kernels import operands, reference, verify
-from slidesparse.kernels.backend import Algorithm, Backend
+from slidesparse.kernels import bitnet_reference, operands, reference, verify
+from slidesparse.kernels.backend import Algorithm, Backend, operation_name
+from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.kernels.verify import Check
+from slidesparse.kernels.verify_normed import ExpectedNormed
 from slidesparse.measure.clocks import buffer_sets
 from slidesparse.measure.gemm_point import GemmPoint, LayerWeight, Product
 from slidesparse.measure.timer import Call, Clock, leading
@@ -20,6 +24,12 @@ from slidesparse.plan import TuneCell
 
 BFLOAT16, FLOAT32 = 2, 4
 """Bytes."""
+FUSED: dict[str, BitNetOperation] = {
+    operation_name(before, lift): before for before, lift in product(get_args(BitNetOperation), (False, True))
+}
+"""The fused BitNet kernels among the operations of a plan."""
+EPS = 1e-5
+"""Of every BitNet's norms. No kernel's time depends on it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class Workbench:
                 return self._quantise(cell)
             case "dequantise_bias":
                 return self._dequantise(cell)
+            case _:
+                return self._fused(cell, FUSED[cell.operation])
 
     def bytes_moved(self, cell: TuneCell) -> int:
         """Bytes that an activation kernel has to read and write at least; -1 for a GEMM."""
@@ -59,8 +71,10 @@ class Workbench:
             case "dequantise_bias":
                 acc = self._backend.output(self._dtype).itemsize
                 return cell.m * (cell.n * (acc + BFLOAT16) + FLOAT32) + 2 * cell.n * FLOAT32
-            case _:
+            case "dense_gemm" | "sparse_gemm":
                 return -1
+            case _:
+                return bitnet_reference.floor_bytes(FUSED[cell.operation], cell.m, cell.k, sparsity)
 
     def copy_calls(self, cell: TuneCell, clock: Clock) -> list[Call]:
         """A copy that moves as many bytes as an activation kernel of this cell, by its best launch; none on a CPU."""
@@ -112,6 +126,46 @@ class Workbench:
             return Candidate(algorithm, path, [partial(call, values) for values in inputs], check)
 
         return [candidate(algorithm) for algorithm in kernels.algorithms(cell.operation, self._dtype)]  # type: ignore[arg-type]
+
+    def _fused(self, cell: TuneCell, before: BitNetOperation) -> list[Candidate]:
+        kernels, sparsity, m, k = self._backend.activations, cell.variant.sparsity, cell.m, cell.k
+        device, width = self._backend.device, k if sparsity is None else sparsity.lifted_k(k)
+        x = operands.activation(m, 2 * k if before == "gate" else k, self._seed, device)
+        residual = operands.activation(m, k, self._seed + 1, device) if before == "add" else None
+        weight = (1 + operands.activation(1, k, self._seed + 2, device)[0] / 4).contiguous()
+        for given in (x, residual):
+            if given is not None:
+                given[-1] = 0  # r is its largest, the scale its floor
+        expected = ExpectedNormed(before, x, residual, weight, EPS, self._dtype, sparsity)
+
+        def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+            codes = torch.empty(m, width, dtype=self._dtype.torch, device=device)
+            return codes, torch.empty(m, 1, dtype=torch.float32, device=device)
+
+        def another(given: torch.Tensor | None) -> torch.Tensor | None:
+            return None if given is None else given.clone()
+
+        sets = buffer_sets(self._backend, self.bytes_moved(cell))
+        buffers = [(x, residual, *outputs()), *((x.clone(), another(residual), *outputs()) for _ in range(sets - 1))]
+
+        def candidate(algorithm: Algorithm) -> Candidate:
+            kernel = kernels.encoder(before, self._dtype, sparsity, k, algorithm)
+
+            def call(
+                x: torch.Tensor, residual: torch.Tensor | None, codes: torch.Tensor, scale: torch.Tensor
+            ) -> torch.Tensor | None:
+                return kernel(x, residual, weight, EPS, codes, scale)
+
+            def check() -> Check:
+                with verify.poisoned_memory():
+                    codes, scale = outputs()
+                    total = call(x, residual, codes, scale)
+                return expected.check(codes, scale, total)
+
+            path = f"{kernels.norm_family} {algorithm.name}"
+            return Candidate(algorithm, path, [partial(call, *buffer) for buffer in buffers], check)
+
+        return [candidate(algorithm) for algorithm in kernels.norm_algorithms(k)]
 
     def _dequantise(self, cell: TuneCell) -> list[Candidate]:
         device = self._backend.device

@@ -18,7 +18,7 @@ from slidesparse.plan import Task, TuneCell, fingerprint
 from slidesparse.progress import track
 from slidesparse.rows import TuneRow
 from slidesparse.run import Outcome, Run
-from slidesparse.tuning.candidates import Candidate, Workbench
+from slidesparse.tuning.candidates import FUSED, Candidate, Workbench
 from slidesparse.tuning.store import Key, TuningStore, Winner, kernel_versions
 
 
@@ -196,7 +196,9 @@ def _columns(cell: TuneCell) -> dict[str, Any]:
 
 
 def _family(cell: TuneCell, chosen: Backend) -> str:
-    return chosen.name if cell.operation in ("dense_gemm", "sparse_gemm") else chosen.activations.name
+    if cell.operation in ("dense_gemm", "sparse_gemm"):
+        return chosen.name
+    return chosen.activations.norm_family if cell.operation in FUSED else chosen.activations.name
 
 
 def _winner_key(cell: TuneCell, chosen: Backend) -> Key:
