@@ -161,12 +161,8 @@ def test_the_child_dies_with_its_parent() -> None:
 
 
 def test_the_cause_that_says_most_is_named() -> None:
-    try:
-        try:
-            raise RuntimeError("CUDA error: out of memory")
-        except RuntimeError as error:
-            raise ValueError("engine core failed") from error
-    except ValueError as error:
-        assert classify(error) == ("MemoryError", "CUDA error: out of memory")
+    error = ValueError("engine core failed")
+    error.__cause__ = RuntimeError("CUDA error: out of memory")
+    assert classify(error) == ("MemoryError", "CUDA error: out of memory")
     assert classify(KeyError("x")) == ("SlideSparseError", "KeyError: 'x'")
     assert len(one_line("word " * 1000)) < 500

@@ -107,7 +107,7 @@ def test_a_prefill_step_holds_all_prompts_and_nothing_else(sessions: Sessions) -
     session = sessions("INT8")
     for size in LIMITS.prefill:
         for seed in range(2):
-            step = session.prefill_step(prompts(*size, seed=seed))
+            step = session.prefill_steps(prompts(*size, seed=seed)[None])[0]
             assert (step.tokens, step.outputs) == (size[0] * size[1], size[0])
             assert step.seconds > 0
 
@@ -145,20 +145,20 @@ def test_one_token_a_sequence_is_a_batch_too(sessions: Sessions) -> None:
 def test_prompts_that_do_not_fit_into_one_step_are_an_error(sessions: Sessions) -> None:
     session = sessions("few")
     with pytest.raises(VerificationError, match=r"8 prompts of 16 tokens did not take one step: a step held 64 tokens"):
-        session.prefill_step(prompts(8, 16))
+        session.prefill_steps(prompts(8, 16)[None])[0]
     assert session._process.call("left") == 0
     with pytest.raises(VerificationError, match=r"8 prompts of 16 tokens did not take one step for the prompts"):
         session.decode(prompts(8, 16), 3)
     assert session._process.call("left") == 0
-    assert session.prefill_step(prompts(4, 16)).tokens == 64, "the session lives on"
+    assert session.prefill_steps(prompts(4, 16)[None])[0].tokens == 64, "the session lives on"
 
 
 def test_an_error_leaves_no_request_behind(sessions: Sessions) -> None:
     session = sessions("INT8")
     with pytest.raises(SlideSparseError, match="maximum"):
-        session.prefill_step(prompts(2, 100))
+        session.prefill_steps(prompts(2, 100)[None])[0]
     assert session._process.call("left") == 0
-    assert session.prefill_step(prompts(1, 8)).tokens == 8
+    assert session.prefill_steps(prompts(1, 8)[None])[0].tokens == 8
 
 
 # -- checks --------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_a_wrong_norm_is_caught_by_the_logits_check(sessions: Sessions) -> None:
 def test_path_and_times(sessions: Sessions) -> None:
     session = sessions("FP8 2:8")
     session.begin()
-    session.prefill_step(prompts(2, 16))
+    session.prefill_steps(prompts(2, 16)[None])[0]
     path = session.path()
     for part in (
         "vLLM 0.24", "BitNetForCausalLM", "V1 model runner", "M=32: no CUDA graph", "attention CPU_ATTN",
@@ -215,7 +215,7 @@ def test_path_and_times(sessions: Sessions) -> None:
 def test_the_layers_check_is_no_path_of_the_step(sessions: Sessions) -> None:
     session = sessions("INT8")
     session.begin()
-    session.prefill_step(prompts(2, 16))
+    session.prefill_steps(prompts(2, 16)[None])[0]
     before = session.path()
     session.check_step(prompts(2, 16), "prefill")
     assert session.path() == before
@@ -230,6 +230,6 @@ def test_what_vllm_refuses_arrives_as_it_was_raised(sessions: Sessions, folder: 
     with pytest.raises(CheckpointError) as caught:
         CpuEngine().open(folder / "checkpoints/Tiny-INT8", DType.INT8, Variant("cusparselt", Sparsity(4)), None, LIMITS)
     assert str(caught.value).startswith("model.layers.0.self_attn.qkv_proj: row")
+    place = folder / "checkpoints_slidesparse/Tiny-FP8-SlideSparse-2_8"
     with pytest.raises(CheckpointError, match="holds pattern 2:8, but cusparselt 2:6"):
-        place = folder / "checkpoints_slidesparse/Tiny-FP8-SlideSparse-2_8"
         CpuEngine().open(place, DType.FP8, Variant("cusparselt", Sparsity(6)), None, LIMITS)

@@ -96,8 +96,11 @@ class Session(Protocol):
     def begin(self) -> None:
         """A cell starts: `path` and `tuning` speak of what runs from here on."""
 
-    def prefill_step(self, tokens: torch.Tensor) -> StepResult:
-        """Read prompts, int64 [S, P], in one step; one greedy token a sequence."""
+    lead_in: int
+    """Steps at the start of a run that do not yet overlap with the one before, as all others do."""
+
+    def prefill_steps(self, tokens: torch.Tensor) -> tuple[StepResult, ...]:
+        """Read prompts, int64 [B, S, P], in B steps back to back; one greedy token a sequence."""
 
     def decode(self, tokens: torch.Tensor, output_len: int) -> DecodeResult:
         """Read prompts, int64 [S, P], and generate exactly `output_len` greedy tokens each; end tokens are ignored."""

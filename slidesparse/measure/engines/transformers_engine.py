@@ -70,6 +70,7 @@ class TransformersSession:
     """See `base.Session`."""
 
     compile_s = 0.0
+    lead_in = 0
 
     def __init__(
         self,
@@ -112,7 +113,11 @@ class TransformersSession:
         if self._store is not None:
             self._store.reset()
 
+    def prefill_steps(self, tokens: torch.Tensor) -> tuple[StepResult, ...]:
+        return tuple(self.prefill_step(batch) for batch in tokens)
+
     def prefill_step(self, tokens: torch.Tensor) -> StepResult:
+        """Prompts, int64 [S, P]."""
         return self._step(tokens, DynamicCache(config=self._model.config))[0]
 
     def decode(self, tokens: torch.Tensor, output_len: int) -> DecodeResult:

@@ -126,7 +126,7 @@ def engine_arguments(checkpoint: Checkpoint, variant: Variant, tuning: Path | No
         "max_num_batched_tokens": max(memory.step_tokens(limits), memory.positions(limits)),
         "max_num_seqs": memory.sequences(limits),
         "enable_prefix_caching": False,
-        "async_scheduling": False,
+        "async_scheduling": True,  # the default where it can be; said, so that no row differs
         "tensor_parallel_size": limits.tensor_parallel,
         "block_size": memory.BLOCK,
         "kv_cache_memory_bytes": memory.cache_bytes(memory.Widths.of(checkpoint.config), limits),
@@ -147,6 +147,8 @@ def need(folder: Path, limits: Limits) -> int:
 class VllmSession:
     """See `base.Session`."""
 
+    lead_in = 1
+
     def __init__(self, process: ChildProcess) -> None:
         self._process = process
         facts = process.call("facts")
@@ -157,8 +159,8 @@ class VllmSession:
     def begin(self) -> None:
         self._process.call("begin")
 
-    def prefill_step(self, tokens: torch.Tensor) -> StepResult:
-        return cast(StepResult, self._process.call("prefill_step", tokens.numpy()))
+    def prefill_steps(self, tokens: torch.Tensor) -> tuple[StepResult, ...]:
+        return tuple(self._process.call("prefill_steps", tokens.numpy()))
 
     def decode(self, tokens: torch.Tensor, output_len: int) -> DecodeResult:
         prefill, steps, generated = self._process.call("decode", tokens.numpy(), output_len)

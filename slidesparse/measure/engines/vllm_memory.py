@@ -63,7 +63,8 @@ def step_tokens(limits: Limits) -> int:
 
 
 def sequences(limits: Limits) -> int:
-    return max(limits.sequences, CHECK_SEQUENCES)
+    """Of two prefill steps, since the next one is prepared while one runs, or of one decode batch."""
+    return max([CHECK_SEQUENCES, *(2 * s for s, _ in limits.prefill), *limits.decode])
 
 
 def positions(limits: Limits) -> int:
@@ -71,9 +72,9 @@ def positions(limits: Limits) -> int:
 
 
 def blocks(limits: Limits) -> int:
-    """KV cache blocks of the largest batch: every sequence fills its own."""
+    """KV cache blocks of the largest batch, or of two prefill steps: every sequence fills its own."""
     decode = -(-(limits.decode_prompt + limits.decode_output) // BLOCK)
-    most = [s * decode for s in limits.decode] + [s * -(-(p + 1) // BLOCK) for s, p in limits.prefill]
+    most = [s * decode for s in limits.decode] + [2 * s * -(-(p + 1) // BLOCK) for s, p in limits.prefill]
     return max([*most, -(-positions(limits) // BLOCK)]) + SPARE_BLOCKS
 
 

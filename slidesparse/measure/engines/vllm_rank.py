@@ -139,7 +139,8 @@ def _check(checkpoint: Checkpoint, name: str, variant: Variant, x: torch.Tensor,
     side = backend(variant.backend)
     operand_k = k if variant.sparsity is None else variant.sparsity.lifted_k(k)
     error, _ = side.accumulation_error(dtype, operand_k)
-    return verify.check_linear(x, y, codes, scale, None, dtype, error, exact=side.exact_epilogue)
+    between = verify.OUTPUT_UNIT.get(side.output(dtype), 0.0)
+    return verify.check_linear(x, y, codes, scale, None, dtype, error, between, side.exact_epilogue)
 
 
 def merged(checkpoint: Checkpoint, name: str, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,9 @@
 """vLLM in the child process of a session: starts the engine, runs counted steps one by one, checks them.
 
-The engine core lives in this process (no second one schedules behind our back), so a step is a call: what it schedules
-and samples is read where it is done, and its time is that of `LLMEngine.step`, which returns when the step's tokens
-are on the host. Arrays cross the process boundary as NumPy, never as torch tensors.
+The engine core lives in this process (no second one schedules behind our back): what a step held and gave is read where
+the scheduler learns of it. As vLLM does by default, the host prepares a step while the GPU runs the one before. So the
+time of a step is that from the end of the step before to its own, when its tokens are on the host and given out; the
+first of a run has nothing to hide behind. Arrays cross the process boundary as NumPy, never as torch tensors.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ class VllmWorker:
         with _when_weights_are_there() as loaded:
             self._llm = LLM(**arguments)
         self._engine = self._llm.llm_engine
-        self._scheduler = self._engine.engine_core.engine_core.scheduler
+        self._core = self._engine.engine_core.engine_core
+        self._room = int(self._core.scheduler.max_num_scheduled_tokens)
         self._numbers = count()
-        self._scheduled: list[Any] = []
-        self._sampled: list[Any] = []
+        self._ended: list[tuple[int, int]] = []
+        """Tokens and outputs of the steps that ended since `_run` last looked."""
         self._sizes: Counter[int] = Counter()
         self._watch_scheduler()
         self._on_ranks(vllm_rank.watch_graphs)
@@ -76,27 +78,24 @@ class VllmWorker:
 
     # -- steps -------------------------------------------------------------------------------------------
 
-    def prefill_step(self, tokens: Tokens) -> StepResult:
-        """Prompts [S, P] in exactly one step. Raises VerificationError when it took more."""
-        self._add(tokens, 1)
-        with self._nothing_left():
-            step, finished = self._step()
-            self._require(len(finished) == len(tokens), tokens, "one step", step)
-        return step
+    def prefill_steps(self, tokens: Tokens) -> list[StepResult]:
+        """Prompts [B, S, P] in exactly B steps, back to back. Raises VerificationError when they were cut otherwise."""
+        batches, sequences, length = tokens.shape
+        with self._nothing_left(), self._steps_of(sequences * length):
+            self._add(tokens.reshape(-1, length), 1)
+            steps, _ = self._run()
+            self._require([step.outputs for step in steps] == [sequences] * batches, tokens, f"{batches} steps", steps)
+        return steps
 
     def decode(self, tokens: Tokens, output_len: int) -> tuple[StepResult, list[StepResult], Tokens]:
         """Prompts [S, P] in one step, then `output_len` - 1 steps of one token a sequence; tokens [S, output_len]."""
-        numbers = self._add(tokens, output_len)
         with self._nothing_left():
-            prefill, finished = self._step()
-            self._require(prefill.outputs == len(tokens), tokens, "one step for the prompts", prefill)
-            steps = []
-            for _ in range(output_len - 1):
-                step, finished = self._step()
-                steps.append(step)
-            by_number = {output.request_id: output.outputs[0].token_ids for output in finished}
-            self._require(set(by_number) == set(numbers), tokens, f"{output_len} steps", (steps or [prefill])[-1])
-        return prefill, steps, np.array([by_number[number] for number in numbers], dtype=np.int64)
+            numbers = self._add(tokens, output_len)
+            steps, finished = self._run()
+            given = [step.outputs for step in steps]
+            self._require(given == [len(tokens)] * output_len, tokens, f"a step a token, {output_len} in all", steps)
+        by_number = {output.request_id: output.outputs[0].token_ids for output in finished}
+        return steps[0], steps[1:], np.array([by_number[number] for number in numbers], dtype=np.int64)
 
     def profile_step(self, tokens: Tokens, phase: Phase) -> StepProfile | None:
         """GPU kernels of one step of that size; decode: of the second step after the prompts'.
@@ -105,21 +104,24 @@ class VllmWorker:
         """
         if self._ranks > 1 or not torch.cuda.is_available():
             return None
-        self._add(tokens, 1 if phase == "prefill" else 4)
         with self._nothing_left():
-            for _ in range(0 if phase == "prefill" else 2):
-                self._step()
+            self._add(tokens, 1 if phase == "prefill" else 4)
+            if phase == "decode":  # the prompts' step and the first after it; what these two calls began ends here
+                self._engine.step()
+                self._engine.step()
             torch.cuda.synchronize()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                step, _ = self._step()
+                start = time.perf_counter()
+                self._engine.step()  # begins exactly one step; what it may end has left the GPU already
                 torch.cuda.synchronize()
+                wall = time.perf_counter() - start
         # CUPTI records the kernels inside a graph's launch one by one. Copies and fills are among them.
         spans = [
             KernelSpan(event.name, event.time_range.start, event.time_range.end)
             for event in profile.events()
-            if event.device_type is DeviceType.CUDA
+            if event.device_type == DeviceType.CUDA  # `is` fails: the binding makes a new object each time
         ]
-        return StepProfile.of(spans, step.seconds * 1e6)
+        return StepProfile.of(spans, wall * 1e6)
 
     # -- checks ------------------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ class VllmWorker:
             checks = self._on_ranks(vllm_rank.check_linears, *arguments)[0]
             worst = verify.worst(checks)
             found = Check(worst.verified, f"{len(checks)} linears of a layer at M={m}: {worst.text}")
-        step = self.prefill_step(tokens) if phase == "prefill" else self.decode(tokens, 2)[1][-1]
+        step = self.prefill_steps(tokens[np.newaxis])[0] if phase == "prefill" else self.decode(tokens, 2)[1][-1]
         if step.tokens != m:
             return Check("failed", f"a {phase} step held {step.tokens} tokens, expected {m}")
         return found
@@ -224,52 +226,65 @@ class VllmWorker:
             self._engine.add_request(numbers[-1], tokens_input(prompt), params)
         return numbers
 
-    def _step(self) -> tuple[StepResult, list[Any]]:
-        """One step: its result, and the requests that it finished."""
-        self._scheduled.clear()
-        self._sampled.clear()
-        start = time.perf_counter()
-        finished = self._engine.step()
-        seconds = time.perf_counter() - start
-        if len(self._scheduled) != 1:
-            raise VerificationError(f"check failed: one step of the engine scheduled {len(self._scheduled)} times")
-        tokens = int(self._scheduled[0].total_num_scheduled_tokens)
-        outputs = sum(len(ids) for output in self._sampled for ids in output.sampled_token_ids)
-        self._sizes[tokens] += 1
-        return StepResult(seconds, tokens, outputs), finished
+    def _run(self) -> tuple[list[StepResult], list[Any]]:
+        """Step until no request is left: the steps that ended, in order, and the requests that they finished."""
+        self._ended.clear()
+        steps: list[StepResult] = []
+        finished: list[Any] = []
+        since = time.perf_counter()
+        while self._engine.has_unfinished_requests():
+            finished += self._engine.step()
+            if self._ended:
+                now = time.perf_counter()
+                tokens, outputs = self._ended.pop()
+                if self._ended:
+                    raise VerificationError("check failed: one call of the engine ended more than one step")
+                steps.append(StepResult(now - since, tokens, outputs))
+                self._sizes[tokens] += 1
+                since = now
+        return steps, finished
 
     def _watch_scheduler(self) -> None:
-        """Keep what it schedules and what comes back: counts are taken from these."""
-        scheduler = self._scheduler
-        schedule, update = scheduler.schedule, scheduler.update_from_output
-
-        def scheduling(*arguments: Any, **keywords: Any) -> Any:
-            output = schedule(*arguments, **keywords)
-            self._scheduled.append(output)
-            return output
+        """Keep what comes back to it: counts are taken from this. With nothing left to run it may schedule nothing."""
+        scheduler = self._core.scheduler
+        update = scheduler.update_from_output
 
         def updating(scheduled: Any, output: Any, *arguments: Any, **keywords: Any) -> Any:
-            self._sampled.append(output)
+            if scheduled.total_num_scheduled_tokens:
+                outputs = sum(len(ids) for ids in output.sampled_token_ids)
+                self._ended.append((int(scheduled.total_num_scheduled_tokens), outputs))
             return update(scheduled, output, *arguments, **keywords)
 
-        scheduler.schedule, scheduler.update_from_output = scheduling, updating
+        scheduler.update_from_output = updating
+
+    @contextmanager
+    def _steps_of(self, tokens: int) -> Iterator[None]:
+        """Inside the block a step holds at most so many tokens, so that prompts that wait are not taken along."""
+        self._core.scheduler.max_num_scheduled_tokens = min(tokens, self._room)
+        try:
+            yield
+        finally:
+            self._core.scheduler.max_num_scheduled_tokens = self._room
 
     @contextmanager
     def _nothing_left(self) -> Iterator[None]:
-        """However the block ends, no request is left for the next one."""
+        """However the block ends, neither a request nor a step that was begun is left for the next one."""
         try:
             yield
         finally:
             left = [*self._engine.output_processor.request_states]
             if left:
                 self._engine.abort_request(left, internal=True)
+            while self._core.batch_queue:
+                self._engine.step()
 
     @staticmethod
-    def _require(condition: bool, tokens: Tokens, wanted: str, step: StepResult) -> None:
+    def _require(condition: bool, tokens: Tokens, wanted: str, steps: list[StepResult]) -> None:
         if not condition:
+            seen = ", ".join(f"{step.tokens} tokens and {step.outputs} outputs" for step in steps[:3])
             raise VerificationError(
-                f"check failed: {tokens.shape[0]} prompts of {tokens.shape[1]} tokens did not take {wanted}: a step "
-                f"held {step.tokens} tokens and gave {step.outputs}"
+                f"check failed: prompts of {' x '.join(map(str, tokens.shape))} tokens did not take {wanted}: "
+                f"{len(steps)} steps, of {seen or 'nothing'}{', ...' * (len(steps) > 3)}"
             )
 
     @staticmethod
