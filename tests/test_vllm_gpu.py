@@ -150,3 +150,41 @@ def test_the_reference_of_the_fused_kernels_is_near_their_codes() -> None:
     wanted, token = bitnet_reference.norm_quantise_lift(x, layer.norm, EPS, DType.INT8, None)
     assert (codes.int() - wanted.int()).abs().max() <= 1
     assert (scale / token - 1).abs().max() <= bitnet_reference.SCALE_ERROR
+
+
+@pytest.mark.parametrize("sparsity", [None, Sparsity(4)], ids=str)
+@pytest.mark.parametrize("dtype", QUANTISED)
+def test_auto_chooses_among_candidates_that_are_all_right(dtype: DType, sparsity: Sparsity | None) -> None:
+    """On the shape of o; every candidate counts, the fastest runs, and little memory stays taken."""
+    from slidesparse.measure.cuda_clock import CudaClock
+    from slidesparse.vllm_plugin.auto import Auto, at_hand
+
+    n, k, sizes = 2560, 2560, (16, 512, 4096)
+    try:
+        variants, _ = at_hand(sparsity, True, dtype, detect())
+    except UnsupportedHere as error:
+        pytest.skip(str(error))
+    codes = operands.random_weight(n, k, dtype, sparsity, 1, "cuda")
+    scale = torch.rand(n, 1, device="cuda") / 50 + 1e-3
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    ready = linear_op.prepare(
+        "layer", codes, scale, Variant("auto", sparsity), dtype, None, Auto(tuple(variants), sizes, CudaClock()), "norm"
+    )
+    assert torch.cuda.memory_reserved() - before < 1 << 28
+    measured = linear_op.measured()[ready.kind]
+    assert list(measured) == [f"M={size}" for size in sizes]
+    for size, of in zip(sizes, measured.values(), strict=True):
+        assert all(isinstance(us, float) and us > 0 for us in of.values()), of
+        assert {name.split(",")[0] for name in of} == {str(variant) for variant in variants}
+        x = operands.activation(size, k, 7, "cuda")
+        y = torch.ops.slidesparse.linear.default(x, ready.weight, ready.scale, None, ready.kind)
+        recipe = linear_op.recipe_at(ready.kind, size)
+        assert str(recipe.variant) == next(iter(of)).split(",")[0]
+        error, _ = recipe.backend.accumulation_error(dtype, recipe.operand_k)
+        between = verify.OUTPUT_UNIT.get(recipe.backend.output(dtype), 0.0)
+        rows = slice(0, 16)
+        check = verify.check_linear(
+            x[rows], y[rows], codes, ready.scale, None, dtype, error, between, recipe.backend.exact_epilogue
+        )
+        assert check.ok, check.text

@@ -192,6 +192,29 @@ def test_the_tuning_store_of_the_settings_chooses(one: dict[str, Any]) -> None:
     assert default == ["M=32: add_norm_quantise torch > int_mm > fused"], "nothing known"
 
 
+def test_auto_measures_at_load_and_its_model_is_right(one: dict[str, Any]) -> None:
+    found = value(one, "auto")
+    dense = ["cublaslt", "cutlass"]
+    chosen_from = {
+        "Tiny-INT8 {}": dense,
+        "Tiny-FP8-SlideSparse-2_8 {}": sorted([*dense, "cusparselt 2:8"]),
+        "Tiny-INT8-SlideSparse-2_8 {'keep_dense': False}": ["cusparselt 2:8"],
+    }
+    assert set(found) == set(chosen_from)
+    for name, of in found.items():
+        kind = "FP8" if "FP8" in name else "INT8"
+        assert of["distance"] < LOGITS_BOUND[kind], name
+        assert len(of["layers"]) == 8
+        assert set(of["layers"].values()) <= {"exact", "within_bound"}, name
+        assert len(of["measured"]) == 4, "one a shape"
+        assert all(sizes == {"M=16": chosen_from[name], "M=32": chosen_from[name]} for sizes in of["measured"].values())
+        for paths in of["ran"].values():
+            for path in paths:
+                bucket, backend, _ = path.split(": ")
+                assert bucket == "M=32"
+                assert backend in chosen_from[name]
+
+
 def test_layers_hold_the_lifted_codes_of_the_checkpoint(one: dict[str, Any]) -> None:
     assert value(one, "packed_weights") is True
 

@@ -82,6 +82,16 @@ def test_a_model_that_has_nothing_to_do_with_us() -> None:
     assert select(object(), None, "Tiny") is None, "vLLM allows any hashable object there"
 
 
+def test_what_auto_measures_is_part_of_the_selection() -> None:
+    settings = {"backend": "auto", "sizes": [16, 512], "keep_dense": False}
+    found = select({"slidesparse": settings}, section(), "Tiny")
+    assert found is not None
+    assert (found.sizes, found.keep_dense) == ((16, 512), False)
+    default = select({"slidesparse": {"backend": "auto"}}, section(), "Tiny")
+    assert default is not None
+    assert (default.sizes, default.keep_dense) == (None, True)
+
+
 def test_a_section_selects_its_pattern_by_itself() -> None:
     assert chosen(None, section("2:10")) == Variant("cusparselt", Sparsity(10))
     assert chosen({}, section("2:inf")) == Variant("cusparselt", Sparsity(None))
@@ -93,6 +103,9 @@ def test_a_section_selects_its_pattern_by_itself() -> None:
         ({"backend": "cublaslt"}, None, Variant("cublaslt")),
         ({"backend": "cublaslt"}, section(), Variant("cublaslt")),
         ({"backend": "cutlass"}, None, Variant("cutlass")),
+        ({"backend": "auto"}, None, Variant("auto")),
+        ({"backend": "auto"}, section(), Variant("auto", Sparsity(8))),
+        ({"backend": "auto", "sparsity": "2:inf", "sizes": [16, 512]}, None, Variant("auto", Sparsity(None))),
         ({"backend": "vllm"}, section(), Variant("vllm")),
         ({"backend": "cusparselt", "sparsity": "2:inf"}, None, Variant("cusparselt", Sparsity(None))),
         ({"backend": "cusparselt", "sparsity": "2:8"}, section(), Variant("cusparselt", Sparsity(8))),
@@ -112,10 +125,14 @@ def test_what_is_selected(value: object, sparse: dict[str, Any] | None, expected
         (
             {"backend": "marlin"},
             None,
-            ["slidesparse.backend", "'vllm', 'cublaslt', 'cutlass' or 'cusparselt'", "marlin"],
+            ["slidesparse.backend", "'vllm', 'cublaslt', 'cutlass', 'cusparselt' or 'auto'", "marlin"],
         ),
         ({"backend": "cpu_dense"}, None, ["slidesparse.backend"]),
-        ({"bakend": "cublaslt"}, None, ["slidesparse.bakend", "allowed here: backend, sparsity, tuning"]),
+        (
+            {"bakend": "cublaslt"},
+            None,
+            ["slidesparse.bakend", "allowed here: backend, sparsity, tuning, sizes, keep_dense"],
+        ),
         ({"backend": "cusparselt", "sparsity": "2:7"}, None, ["slidesparse.sparsity", "L must be even"]),
         ({"backend": "cusparselt", "sparsity": "4:8"}, None, ["slidesparse.sparsity", "Z must be 2"]),
         ("cublaslt", None, ["additional_config.slidesparse", "'cublaslt'"]),
@@ -125,6 +142,11 @@ def test_what_is_selected(value: object, sparse: dict[str, Any] | None, expected
         ({"backend": "cublaslt", "sparsity": "2:8"}, section(), ["cublaslt is dense"]),
         ({"backend": "vllm", "sparsity": "2:8"}, None, ["vllm is dense"]),
         ({"backend": "cutlass", "sparsity": "2:8"}, section(), ["cutlass is dense"]),
+        ({"backend": "auto", "sparsity": "2:6"}, section(), ["2:6", "Tiny holds 2:8"]),
+        ({"backend": "auto", "sizes": []}, None, ["slidesparse.sizes", "at least 1"]),
+        ({"backend": "auto", "sizes": [64, 0]}, None, ["slidesparse.sizes.1", "greater than 0"]),
+        ({"backend": "cublaslt", "sizes": [64]}, None, ["slidesparse.sizes", "cublaslt measures nothing", "auto"]),
+        ({"keep_dense": False}, section(), ["slidesparse.keep_dense", "cusparselt measures nothing"]),
         ({"backend": "cublaslt", "tuning": "/no/such/winners.json"}, None, ["slidesparse.tuning", "/no/such"]),
     ],
 )

@@ -26,7 +26,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from slidesparse.kernels import backend as backends
 from slidesparse.kernels import cutlass, linear
 from slidesparse.kernels.backend import Backend
-from slidesparse.vllm_plugin import linear_kernels
+from slidesparse.vllm_plugin import auto, linear_kernels
 
 DOUBLES: dict[str, Backend] = {
     "cublaslt": Double("cublaslt", False), "cusparselt": Double("cusparselt", True), "cutlass": CutlassDouble()
@@ -34,7 +34,8 @@ DOUBLES: dict[str, Backend] = {
 
 
 def use_doubles() -> None:
-    linear.backend = linear_kernels.backend = lambda name: DOUBLES.get(name) or backends.backend(name)  # type: ignore
+    for module in (linear, linear_kernels, auto):
+        module.backend = lambda name: DOUBLES.get(name) or backends.backend(name)  # type: ignore
     linear_kernels.detect = lambda: MACHINE  # type: ignore[assignment]
     cutlass._scaled_product = lambda: scaled_product  # type: ignore[assignment]
 

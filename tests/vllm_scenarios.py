@@ -24,6 +24,7 @@ from slidesparse.checkpoint.lift import lift_weight
 from slidesparse.kernels import bitnet_reference, verify
 from slidesparse.measure.engines.model import reference_model
 from slidesparse.tuning.store import TuningStore, Winner
+from slidesparse.vllm_plugin import linear_op
 
 Model = tuple[Any, Any]
 """Configuration and model."""
@@ -149,7 +150,7 @@ class One:
             found = vllm_on_cpu.logits(config, model, tokens())
         expected = reference_model(checkpoint, torch.bfloat16)(input_ids=tokens()[None], use_cache=False).logits[0]
         ran = paths_that_ran(model)
-        exact = additional is None or additional["backend"] != "cutlass"
+        exact = additional is None or additional["backend"] not in ("cutlass", "auto")
         kinds = {kernel.partition(" ")[2] for kernel in linear_kernels(model).values()}
         return {
             "distance": distance(found, expected.float()),
@@ -203,6 +204,23 @@ class One:
         assert checkpoint.dtype is not None
         error = verify.gamma(2 * codes.shape[1])
         return verify.check_linear(x, y, codes, scale, bias, checkpoint.dtype, error, exact=exact).verified
+
+    def auto(self) -> dict[str, Any]:
+        """Backend auto on a dense and on a sparse checkpoint: values, what was measured, what ran."""
+        out = {}
+        for name, more in (
+            ("Tiny-INT8", {}),
+            ("Tiny-FP8-SlideSparse-2_8", {}),
+            ("Tiny-INT8-SlideSparse-2_8", {"keep_dense": False}),
+        ):
+            found = self._logits(name, {"backend": "auto", "sizes": [16, 32], **more})
+            found["measured"] = {
+                kind: {m: sorted(of) for m, of in sizes.items()}
+                for kind, sizes in linear_op.measured().items()
+                if kind in found["ran"]
+            }
+            out[f"{name} {more}"] = found
+        return out
 
     def packed_weights(self) -> bool:
         """A sparse layer holds the lift of the checkpoint's codes, q, k and v below each other."""
@@ -258,7 +276,7 @@ def main(folder: Path) -> dict[str, object]:
     s = One(folder)
     first = {"registration": outcome(s.registration)}
     vllm_on_cpu.start(folder, 0, 1)
-    rest = s.kernels, s.cache_keys, s.model_function, s.logits, s.tuned, s.packed_weights, s.refusals
+    rest = s.kernels, s.cache_keys, s.model_function, s.logits, s.auto, s.tuned, s.packed_weights, s.refusals
     return first | {scenario.__name__: outcome(scenario) for scenario in rest}
 
 

@@ -140,6 +140,11 @@ class Backend(ABC):
     exact_epilogue: ClassVar[bool] = True
     """False: `gemm_scaled` applies scales and bias in another order than `reference.dequantise_bias`."""
 
+    @property
+    def form(self) -> str:
+        """Backends of one form pack a weight alike: dense ones keep its codes as they are."""
+        return self.name if self.sparse else "codes"
+
     @abstractmethod
     def require(self, machine: Machine, dtype: DType) -> None:
         """Raises UnsupportedHere, with the reason, where this machine cannot run it."""

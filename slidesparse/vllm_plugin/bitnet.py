@@ -32,7 +32,7 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from vllm.model_executor.utils import set_weight_attrs
 
 from slidesparse.errors import CheckpointError, ConfigError
-from slidesparse.vllm_plugin.fused import add_norm_linear, gate_norm_linear, norm_linear
+from slidesparse.vllm_plugin.fused import BEFORE, add_norm_linear, gate_norm_linear, norm_linear
 from slidesparse.vllm_plugin.linear_kernels import selection
 from slidesparse.vllm_plugin.model_paths import require_ours
 
@@ -89,6 +89,8 @@ class BitNetMLP(nn.Module):
         self.act_fn = ReLUSquaredActivation()
         self.ffn_sub_norm = sub_norm(inner, config.rms_norm_eps)
         self.fused = fuses_sub_norms()
+        if self.fused:
+            setattr(self.down_proj, BEFORE, "gate")
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.from_gate_up(self.gate_up_proj(hidden)[0])
@@ -109,6 +111,8 @@ class BitNetAttention(LlamaAttention):
         super().__init__(config, hidden_size, num_heads, *args, **kwargs)
         self.attn_sub_norm = sub_norm(self.total_num_heads * self.head_dim, config.rms_norm_eps)
         self.fused = fuses_sub_norms()
+        if self.fused:
+            setattr(self.o_proj, BEFORE, "norm")
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.from_qkv(positions, self.qkv_proj(hidden_states)[0])
@@ -149,6 +153,9 @@ class BitNetDecoderLayer(LlamaDecoderLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.fused = runs_on_ours()
+        if self.fused:
+            for linear in (self.self_attn.qkv_proj, self.mlp.gate_up_proj):
+                setattr(linear, BEFORE, "add")
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None

@@ -14,6 +14,8 @@ from slidesparse.vllm_plugin import linear_op  # noqa: F401  registers the opera
 
 KIND = "slidesparse_kind"
 """Attribute of a linear layer of vLLM: see `linear_op`."""
+BEFORE = "slidesparse_before"
+"""The same: what the model fuses with it; backend `auto` measures the two together."""
 
 
 def norm_linear(norm: Any, x: torch.Tensor, linear: Any) -> torch.Tensor:

@@ -33,8 +33,8 @@ class Way:
     shape: tuple[int, ...] | None = None
     """Of the weight's tensor, where the operand is bytes of several forms; None: the operand is the weight."""
     dtype: torch.dtype = torch.uint8
-    first: int = 0
-    """Its first byte in the operand."""
+    place: tuple[int, int] = (0, 0)
+    """First byte in the operand, and the one behind the last."""
 
     @classmethod
     def of(cls, recipe: Recipe, weight: Weight) -> Way:
@@ -45,8 +45,12 @@ class Way:
         """The packed weight in a layer's operand."""
         if self.shape is None:
             return replace(self.form, data=operand)
-        own = operand[self.first : self.first + self.form.nbytes]
-        return replace(self.form, data=own.view(self.dtype).view(self.shape))
+        return replace(self.form, data=operand[self.place[0] : self.place[1]].view(self.dtype).view(self.shape))
+
+    @property
+    def scaled_only(self) -> bool:
+        """See `Backend.scaled_only`."""
+        return self.recipe.backend.scaled_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +62,13 @@ class Plan:
     way: Way
     choice: Choice
     encode: Encoder
+    name: str = ""
+    """Of the way, where there are several."""
 
     @classmethod
-    def make(cls, way: Way, choice: Choice, size: int) -> Plan:
+    def make(cls, way: Way, choice: Choice, size: int, name: str = "") -> Plan:
         """Raises ValueError where the kernel before the GEMM cannot take such rows."""
-        return cls(size, way, choice, way.recipe.encoder(choice))
+        return cls(size, way, choice, way.recipe.encoder(choice), name)
 
     def run(
         self,
@@ -88,23 +94,33 @@ class Plan:
     @property
     def path(self) -> str:
         """What runs, in words: `add_norm_quantise_lift 256x4 > 0.s1 > words=1024 warps=8 rows=2`."""
-        return f"{operation_name(self.choice.before, self.way.recipe.backend.sparse)} {self.choice}"
+        name = f"{self.name}: " if self.name else ""
+        return f"{name}{operation_name(self.choice.before, self.way.recipe.backend.sparse)} {self.choice}"
 
 
 Key = tuple[BitNetOperation | None, bool, int]
 """What is fused with quantising x, whether there is a bias, and M (or its bucket)."""
 Chooser = Callable[[BitNetOperation | None, bool, int], Plan]
-"""Of a bucket. May raise ValueError and SlideSparseError, whose text lacks the layer."""
+"""The plan of a bucket. May raise ValueError and SlideSparseError, whose text lacks the layer."""
+
+
+def only(way: Way) -> Chooser:
+    """Where there is nothing to choose from."""
+
+    def choose(before: BitNetOperation | None, bias: bool, size: int) -> Plan:
+        choices = way.recipe.choices(size, bias, before)
+        # Where the library can fuse the epilogue it does: one pass over the output less.
+        return Plan.make(way, next((choice for choice in choices if choice.scaled), choices[0]), size)
+
+    return choose
 
 
 class Kind:
     """See the head of this file."""
 
-    def __init__(self, ways: tuple[Way, ...], choose: Chooser | None = None) -> None:
-        """choose: how several ways are chosen from; with one way it is not needed."""
-        self.ways = ways
-        self.recipe = ways[0].recipe
-        self._choose = choose or self._of_the_only_way
+    def __init__(self, recipe: Recipe, choose: Chooser, settings: object = None) -> None:
+        """recipe: the first of those that `choose` takes; settings: what `choose` was made with."""
+        self.recipe, self.choose, self.settings = recipe, choose, settings
         self._buckets: dict[Key, tuple[Plan, tuple[int, str]]] = {}
         self._by_m: dict[Key, tuple[Plan, tuple[int, str]]] = {}
         """The same by M itself: one look-up a call."""
@@ -143,7 +159,7 @@ class Kind:
                     f"run that size once before capturing"
                 )
             try:
-                plan = self._choose(before, bias, size)
+                plan = self.choose(before, bias, size)
             except ValueError as error:
                 raise SlideSparseError(f"{layer}: {error}") from None
             except SlideSparseError as error:
@@ -151,7 +167,3 @@ class Kind:
             found = self._buckets[before, bias, size] = plan, (size, plan.path)
         self._by_m[key] = found
         return found
-
-    def _of_the_only_way(self, before: BitNetOperation | None, bias: bool, size: int) -> Plan:
-        # The last choice fuses the epilogue where the library can: one pass over the output less.
-        return Plan.make(self.ways[0], self.recipe.choices(size, bias, before)[-1], size)

@@ -7,6 +7,7 @@ layer to a stock kernel without a word.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -30,10 +31,13 @@ from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError, SlideSparseError
 from slidesparse.kernels.backend import backend
 from slidesparse.machine import detect
+from slidesparse.measure.clocks import clock_of
+from slidesparse.pattern import Sparsity
 from slidesparse.tuning.store import TuningStore
 from slidesparse.vllm_plugin import linear_op
-from slidesparse.vllm_plugin.fused import KIND
-from slidesparse.vllm_plugin.settings import Selection, select
+from slidesparse.vllm_plugin.auto import Auto, at_hand, default_sizes
+from slidesparse.vllm_plugin.fused import BEFORE, KIND
+from slidesparse.vllm_plugin.settings import AUTO, Selection, select
 from slidesparse.vllm_plugin.shards import require_whole_groups
 
 
@@ -90,8 +94,22 @@ class _OurLinear:
             raise CheckpointError(f"{name}: activations are {layer.params_dtype}; start vLLM with dtype bfloat16")
         require_whole_groups(name, int(layer.input_size), codes.shape[1], variant.sparsity)
         try:
-            backend(variant.backend).require(detect(), self.dtype)
-            ready = linear_op.prepare(name, codes, scale, variant, self.dtype, _store(self.selection.tuning))
+            auto = None
+            if variant.backend == AUTO:
+                auto = _auto(self.selection, self.dtype)
+            else:
+                backend(variant.backend).require(detect(), self.dtype)
+            ready = linear_op.prepare(
+                name,
+                codes,
+                scale,
+                variant,
+                self.dtype,
+                _store(self.selection.tuning),
+                auto,
+                getattr(layer, BEFORE, None),
+                getattr(layer, "bias", None),
+            )
         except SlideSparseError as error:
             text = str(error)
             raise type(error)(text if text.startswith(name) else f"{name}: {text}") from None
@@ -170,6 +188,23 @@ def _other_scheme(layer: LinearBase) -> str:
 def _store(path: Path | None) -> TuningStore | None:
     """One store for all layers of a model, so that its counts are the model's."""
     return None if path is None else _opened(path, path.stat().st_mtime_ns)
+
+
+def _auto(chosen: Selection, dtype: DType) -> Auto:
+    """One for all layers of a type. Raises UnsupportedHere where no backend can run here."""
+    config = get_current_vllm_config_or_none()
+    assert config is not None  # weights are loaded inside it
+    captured = config.compilation_config.cudagraph_capture_sizes or ()
+    sizes = chosen.sizes or default_sizes(captured, config.scheduler_config.max_num_batched_tokens)
+    return _auto_with(chosen.variant.sparsity, chosen.keep_dense, dtype, sizes)
+
+
+@lru_cache(maxsize=8)
+def _auto_with(sparsity: Sparsity | None, keep_dense: bool, dtype: DType, sizes: tuple[int, ...]) -> Auto:
+    found, missing = at_hand(sparsity, keep_dense, dtype, detect())
+    for reason in missing:
+        logging.getLogger("vllm.slidesparse").info("auto leaves out: %s", reason)
+    return Auto(tuple(found), sizes, clock_of(backend(found[0].backend)))
 
 
 @lru_cache(maxsize=8)

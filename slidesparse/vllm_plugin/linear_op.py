@@ -22,11 +22,13 @@ from dataclasses import dataclass
 import torch
 
 from slidesparse.dtypes import DType
+from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.kernels.gemm_ops import NAMESPACE
-from slidesparse.kernels.linear import LookUp, W8A8Linear
+from slidesparse.kernels.linear import LookUp, Recipe, W8A8Linear
 from slidesparse.plan import Variant
+from slidesparse.vllm_plugin.auto import Auto, Fastest, Layer, combine, measure
 from slidesparse.vllm_plugin.buckets import bucket
-from slidesparse.vllm_plugin.kinds import Kind, Way
+from slidesparse.vllm_plugin.kinds import Kind, only
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,45 @@ _KINDS: dict[str, Kind] = {}
 
 
 def prepare(
-    layer: str, codes: torch.Tensor, scale: torch.Tensor, variant: Variant, dtype: DType, store: LookUp | None
+    layer: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    variant: Variant,
+    dtype: DType,
+    store: LookUp | None,
+    auto: Auto | None = None,
+    before: BitNetOperation | None = None,
+    bias: torch.Tensor | None = None,
 ) -> Prepared:
     """Lift and compress a weight where it lies: codes [N, K] of `dtype.torch`, scale float32 [N, 1].
+
+    Args:
+        auto: what backend `auto` chooses from; the first layer of a kind is measured with `before` and `bias`.
 
     Raises:
         CheckpointError: wrong shape or type, or the weight does not keep to the pattern (layer, row, columns).
         UnsupportedHere: the backend has no algorithm for this shape.
+        SlideSparseError: no backend that `auto` could choose is right.
     """
-    linear = W8A8Linear(layer, codes, scale, None, k=codes.shape[1], variant=variant, dtype=dtype, store=store)
-    name = f"{variant} {dtype.value} {linear.n}x{linear.k}"
+    linears = [
+        W8A8Linear(layer, codes, scale, None, k=codes.shape[1], variant=one, dtype=dtype, store=store)
+        for one in ((variant,) if auto is None else auto.variants)
+    ]
+    first = linears[0]
+    operand, ways = combine(linears)
+    name = f"{variant} {dtype.value} {first.n}x{first.k}"
     kind = _KINDS.get(name)
-    if kind is None or kind.recipe.store is not store:  # another store: another model has taken this process over
-        linear.recipe.offered(bucket(1), False)
-        kind = _KINDS[name] = Kind((Way.of(linear.recipe, linear.weight),))
+    # Another store, or other settings: another model has taken this process over.
+    if kind is None or kind.recipe.store is not store or kind.settings is not auto:
+        if auto is None:
+            first.recipe.offered(bucket(1), False)
+            kind = Kind(first.recipe, only(ways[0]))
+        else:
+            own = Layer(layer, codes, first.scale, operand, before, bias)
+            kind = Kind(first.recipe, measure(own, ways, auto, dtype), auto)
+        _KINDS[name] = kind
     kind.layers[layer] = None
-    return Prepared(linear.weight.data, linear.scale, name)
+    return Prepared(operand, first.scale, name)
 
 
 def paths() -> dict[str, dict[str, int]]:
@@ -67,6 +92,23 @@ def paths() -> dict[str, dict[str, int]]:
         name: {f"M={size}: {path}": count for (size, path), count in sorted(kind.calls.items())}
         for name, kind in _KINDS.items()
     }
+
+
+def measured() -> dict[str, dict[str, dict[str, float | str]]]:
+    """What backend `auto` measured: kind -> `M=bucket` -> candidate -> microseconds, or why it does not count.
+
+    The first of a bucket is the one that runs.
+    """
+    return {
+        name: {f"M={size}": {**one.us, **one.refused} for size, one in kind.choose.measured.items()}
+        for name, kind in _KINDS.items()
+        if isinstance(kind.choose, Fastest)
+    }
+
+
+def recipe_at(kind: str, m: int, before: BitNetOperation | None = None, bias: bool = False) -> Recipe:
+    """The backend that runs a kind at M tokens, and what there is to know to check it. Makes no plan of a library."""
+    return _KINDS[kind].choose(before, bias, bucket(max(m, 1))).way.recipe
 
 
 def layers() -> dict[str, str]:

@@ -23,6 +23,11 @@ def paths_that_ran(model: nn.Module) -> dict[str, dict[str, int]]:
     return linear_op.paths()
 
 
+def measured_at_load(model: nn.Module) -> dict[str, dict[str, dict[str, float | str]]]:
+    """`linear_op.measured` of the process that holds the model: what backend auto chose from, and why."""
+    return linear_op.measured()
+
+
 def require_ours(model: nn.Module) -> None:
     """Raises SlideSparseError naming the first linear that a kernel of vLLM's would run."""
     from slidesparse.vllm_plugin.linear_kernels import SlideSparseFp8Kernel, SlideSparseInt8Kernel

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slidesparse.checkpoint.section import SECTION, parse_section
-from slidesparse.config import Pattern
+from slidesparse.config import Pattern, Positive
 from slidesparse.errors import CheckpointError, ConfigError
 from slidesparse.kernels.backend import backend
 from slidesparse.plan import Variant
 
 STOCK = "vllm"
 """The backend that leaves vLLM's own kernels in place."""
+AUTO = "auto"
+"""The backend that chooses from the others (`vllm_plugin.auto`)."""
 DEFAULT_SPARSE = "cusparselt"
 """Runs a checkpoint that has a `slidesparse` section when nothing else is said."""
 
@@ -30,12 +32,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    backend: Literal["vllm", "cublaslt", "cutlass", "cusparselt"] | None = None
+    backend: Literal["vllm", "cublaslt", "cutlass", "cusparselt", "auto"] | None = None
     """None: as the checkpoint says."""
     sparsity: Pattern | None = None
     """None: as the checkpoint says. A dense checkpoint may be run with any pattern that its weights keep to."""
     tuning: Path | None = None
     """`winners.json` of a run on this machine; None: the default algorithm of each operation."""
+    sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """Backend auto: M to measure when weights are loaded; None: see `auto.default_sizes`."""
+    keep_dense: bool = True
+    """Backend auto, checkpoint with a pattern: keep the dense weight as well, and choose from dense backends too."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Selection:
 
     variant: Variant
     tuning: Path | None = None
+    sizes: tuple[int, ...] | None = None
+    keep_dense: bool = True
 
     @property
     def ours(self) -> bool:
@@ -89,16 +97,20 @@ def select(additional: object, section: object, where: str) -> Selection | None:
     name = settings.backend or (DEFAULT_SPARSE if found is not None else None)
     key = f"additional_config.{SECTION}"
     if name is None:
-        raise ConfigError(f"{key}.backend: missing, and {where} is dense; choose vllm, cublaslt, cutlass or cusparselt")
+        raise ConfigError(
+            f"{key}.backend: missing, and {where} is dense; choose vllm, cublaslt, cutlass, cusparselt or auto"
+        )
     if settings.tuning is not None and not settings.tuning.is_file():
         raise ConfigError(f"{key}.tuning: {settings.tuning} is not there; give winners.json of a run, or leave it out")
-    if name == STOCK or not backend(name).sparse:
+    if name != AUTO and (given := settings.model_fields_set & {"sizes", "keep_dense"}):
+        raise ConfigError(f"{key}.{min(given)}: backend {name} measures nothing; leave it out, or choose {AUTO}")
+    if name == STOCK or (name != AUTO and not backend(name).sparse):
         if settings.sparsity is not None:
             raise ConfigError(f"{key}.sparsity: backend {name} is dense; leave it out, or choose {DEFAULT_SPARSE}")
         return Selection(Variant(name), settings.tuning)
     pattern = settings.sparsity or (None if found is None else found.pattern)
-    if pattern is None:
+    if pattern is None and name != AUTO:
         raise ConfigError(f"{key}.sparsity: missing, and {where} is dense; give a pattern (2:inf takes any weights)")
     if found is not None and pattern != found.pattern:
         raise ConfigError(f"{key}.sparsity: {pattern}, but {where} holds {found.pattern}; leave it out")
-    return Selection(Variant(name, pattern), settings.tuning)
+    return Selection(Variant(name, pattern), settings.tuning, settings.sizes, settings.keep_dense)
