@@ -206,8 +206,9 @@ class SparsityLists(_Section):
 class Backends(_Section):
     dense: tuple[Backend, ...]
     sparse: tuple[Backend, ...]
-    stock: tuple[Literal["vllm"], ...] = ()
-    """The engine's own kernels, untouched: measured end to end only, beside ours."""
+    end_to_end: tuple[Literal["vllm", "auto", "cutlass"], ...] = ()
+    """Dense variants that only tasks 4 and 5 have: `vllm` (the engine's own kernels, untouched), `auto` (the fastest at
+    hand for each shape and M, behind our fused kernels), `cutlass` (the engine's own GEMM behind them)."""
 
 
 class Vllm(_Section):

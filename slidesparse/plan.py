@@ -323,8 +323,7 @@ def _tune_fused(p: Profile, model: str, dtype: DType, shapes: dict[str, tuple[in
 
 
 def _end_to_end(p: Profile) -> list[Variant]:
-    """The first is what the others are compared with: the engine's own kernels if the profile has them, else dense."""
-    return [Variant(backend) for backend in (*p.backends.stock, *p.backends.dense)] + _variants(
+    return [Variant(backend) for backend in (*p.backends.end_to_end, *p.backends.dense)] + _variants(
         p, p.sparsity.end_to_end
     )
 

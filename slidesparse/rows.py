@@ -197,7 +197,7 @@ class ThroughputRow(TimedRow):
     over_stock_low: float = UNMEASURED
     over_stock_high: float = UNMEASURED
     over_dense: float = UNMEASURED
-    """The same against our first dense backend."""
+    """The same against our first dense variant of the profile."""
     over_dense_low: float = UNMEASURED
     over_dense_high: float = UNMEASURED
     host_bound: bool = False

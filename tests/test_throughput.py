@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -41,6 +42,7 @@ class FakeSession:
     vocabulary = 50
     startup_s = 0.25
     compile_s = 0.5
+    lead_in = 0
 
     def __init__(self) -> None:
         self.prompts: list[torch.Tensor] = []
@@ -54,6 +56,12 @@ class FakeSession:
 
     def begin(self) -> None:
         self.log["begin"] += 1
+
+    def prefill_steps(self, tokens: torch.Tensor) -> tuple[StepResult, ...]:
+        steps = [self.prefill_step(batch) for batch in tokens]
+        for step in steps[: self.lead_in]:
+            steps[0] = replace(step, seconds=10 * step.seconds)
+        return tuple(steps)
 
     def prefill_step(self, tokens: torch.Tensor) -> StepResult:
         if tokens.numel() == self.fail_at:
@@ -166,6 +174,16 @@ def test_prefill_figures_follow_the_definition(tmp_path: Path, fake: FakeEngine)
     assert (row["verified"], row["check"]) == ("within_bound", "logits fine; layers fine")
     assert (row["path"], row["emulation"]) == ("fake path", True)
     assert (row["startup_s"], row["compile_s"], row["over_stock"], row["over_dense"]) == (0.25, 0.5, -1, -1)
+
+
+def test_the_first_step_of_a_burst_is_not_counted_where_steps_overlap(tmp_path: Path, fake: FakeEngine) -> None:
+    """The fake's first step of a run takes ten times as long."""
+    fake.settings["lead_in"] = 1
+    run = small_run(tmp_path, dtypes=["INT8"])
+    measure(run, "prefill")
+    row = table(run, "prefill").query("M_prefill == 16").iloc[0]
+    assert (row["elapsed_time_s"], row["step_ms"]) == (pytest.approx(0.032), pytest.approx(16))
+    assert (row["num_prompts"], row["passes"], row["samples"]) == (4, 2, 2), "2 steps are a burst"
 
 
 def test_decode_figures_follow_the_definition(tmp_path: Path, fake: FakeEngine) -> None:

@@ -26,8 +26,8 @@ from slidesparse.rows import DecodeRow, PrefillRow, ThroughputRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.store import TuningStore
 
-STOCK = "vllm"
-"""The backend that leaves the engine's own kernels in place."""
+STOCK, AUTO = "vllm", "auto"
+"""The engine's own kernels; the engine's choice among all of ours. Neither is one backend's kernels."""
 CHECK_PROMPTS, CHECK_LENGTH = 4, 12
 """The fixed prompts of the logits check: sequences and tokens each, drawn with CHECK_SEED."""
 CHECK_SEED = 1234
@@ -65,12 +65,12 @@ class Side:
     def look(self, runs_on: Engine, limits: Limits) -> bool:
         """Work out what is pending. False where nothing of this variant can run: its rows say why."""
         try:
-            families = [self.variant.backend]
-            if not self.stock:
+            self._store = TuningStore.open(self._run.tree.tuning_store)
+            families = self._store.families
+            if self.variant.backend not in (STOCK, AUTO):
                 kernels = backend(self.variant.backend)
                 kernels.require(self._run.machine, self.dtype)
-                families.append(kernels.activations.name)
-            self._store = TuningStore.open(self._run.tree.tuning_store)
+                families = {kernels.name, kernels.activations.name}
             source = Checkpoint.open(self.folder).fingerprint()
         except UnsupportedHere as error:
             self.all("skipped", reason_of(error))
@@ -235,14 +235,14 @@ class Side:
             "backend": cell.variant.backend,
             "sparsity": "" if sparsity is None else str(sparsity),
             "engine": self._run.plan.profile.engine,
-            "emulation": not self.stock and backend(self.variant.backend).emulation,
+            "emulation": self.variant.backend not in (STOCK, AUTO) and backend(self.variant.backend).emulation,
             "fingerprint": self._prints[cell],
         }
         return columns | self._run.stamp() | ({"output_len": cell.output_len} if cell.phase == "decode" else {})
 
 
 def first(sides: Iterable[Side], stock: bool) -> Side | None:
-    """The engine's own kernels, or our first dense backend: what the other variants are compared with."""
+    """The engine's own kernels, or our first dense variant: what the others are compared with."""
     return next((side for side in sides if side.stock == stock and side.variant.sparsity is None), None)
 
 

@@ -1,8 +1,9 @@
 """One end-to-end cell in several sessions side by side: the same step in each, in random order, round after round.
 
-Prefill: a round is one step of M tokens a session; a pass, the published cell, is `cell.steps` of them. Decode: a
-round is a whole batch a session, from its prompts to its last token. So every ratio of two variants is of steps that
-ran one after the other, at the same clocks and temperature.
+Prefill: a round is a burst of a few steps of M tokens a session, the first of which (`lead_in`) is not counted where an
+engine overlaps steps; a pass, the published cell, is `cell.steps` counted ones. Decode: a round is a whole batch a
+session, from its prompts to its last token. So every ratio of two variants is of steps that ran one after the other,
+at the same clocks and temperature.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import gcd
 from statistics import median
 from typing import Any
 
@@ -21,6 +23,8 @@ from slidesparse.measure.engines.base import Session, StepResult
 from slidesparse.measure.timer import Call, Samples, WallClock, measure_together
 from slidesparse.plan import ThroughputCell
 
+BURST = 8
+"""Most steps of a prefill sample."""
 WARMUP_OUTPUTS = 16
 """Tokens a sequence of a decode batch that only warms up."""
 
@@ -38,10 +42,10 @@ class Measured:
     """One session's part of a cell."""
 
     samples: Samples
-    """Seconds of a prefill step, or of a decode batch."""
+    """Seconds of a prefill step, the mean of a burst; or of a decode batch."""
     prefills: list[StepResult]
     decodes: list[StepResult]
-    """Of the samples' rounds, in order."""
+    """Of the samples' rounds, in order, lead-in left out."""
 
 
 @dataclass
@@ -57,24 +61,30 @@ class _Rounds:
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed + self.cell.m)
 
-    def prompts(self) -> torch.Tensor:
-        """Fresh random prompts of one step, int64 [S, P]; every session draws the same ones."""
-        size = (self.cell.sequences, self.cell.prompt_len)
+    @property
+    def burst(self) -> int:
+        """Counted steps of a prefill round."""
+        return gcd(self.cell.steps, BURST) if self.session.lead_in else 1
+
+    def prompts(self, steps: int) -> torch.Tensor:
+        """Fresh random prompts, int64 [steps, S, P]; every session draws the same ones."""
+        size = (steps, self.cell.sequences, self.cell.prompt_len)
         return torch.randint(0, self.session.vocabulary, size, generator=self._generator)
 
     def __call__(self) -> float:
         """Seconds of one round; making prompts is not counted."""
-        return self._run(self.cell.output_len)
+        return self._run(self.burst, self.cell.output_len)
 
     def warm_up(self) -> float:
-        return self._run(min(self.cell.output_len, WARMUP_OUTPUTS))
+        return self._run(1, min(self.cell.output_len, WARMUP_OUTPUTS))
 
-    def _run(self, output_len: int) -> float:
+    def _run(self, burst: int, output_len: int) -> float:
         if self.cell.phase == "prefill":
-            step = self.session.prefill_step(self.prompts())
-            self.prefills.append(step)
-            return step.seconds
-        result = self.session.decode(self.prompts(), output_len)
+            lead_in = self.session.lead_in
+            steps = self.session.prefill_steps(self.prompts(lead_in + burst))[lead_in:]
+            self.prefills.extend(steps)
+            return sum(step.seconds for step in steps) / len(steps)
+        result = self.session.decode(self.prompts(1)[0], output_len)
         self.prefills.append(result.prefill)
         self.decodes.extend(result.steps)
         return result.seconds
@@ -95,8 +105,8 @@ class _SelfTimed(WallClock):
 
 
 def example_prompts(session: Session, cell: ThroughputCell, seed: int) -> torch.Tensor:
-    """The prompts of the cell's first round, int64 [S, P]."""
-    return _Rounds(session, cell, seed).prompts()
+    """Prompts of one step of the cell, int64 [S, P]."""
+    return _Rounds(session, cell, seed).prompts(1)[0]
 
 
 def measure_cell(sessions: Sequence[Session], cell: ThroughputCell, stopping: Stopping, seed: int) -> list[Measured]:
@@ -110,7 +120,7 @@ def measure_cell(sessions: Sequence[Session], cell: ThroughputCell, stopping: St
     rounds = [_Rounds(session, cell, seed) for session in sessions]
     calls = [_blaming(place, own) for place, own in enumerate(rounds)]
     warm = [_blaming(place, own.warm_up) for place, own in enumerate(rounds)]
-    batch = cell.steps if cell.phase == "prefill" else 1
+    batch = cell.steps // rounds[0].burst if cell.phase == "prefill" else 1
 
     def begin() -> None:
         for own in rounds:
@@ -140,10 +150,11 @@ def figures(cell: ThroughputCell, measured: Measured) -> dict[str, Any]:
     rounds = len(samples.values)
     prefill = cell.phase == "prefill"
     steps = cell.steps if prefill else 1
+    passes = len(prefills) // steps
     timed = prefills if prefill else decodes
     counted = {step.tokens for step in timed}
-    prompt_tokens = sum(step.tokens for step in prefills) // rounds * steps
-    outputs = sum(step.outputs for step in (*prefills, *decodes)) // rounds * steps
+    prompt_tokens = sum(step.tokens for step in prefills) // passes
+    outputs = sum(step.outputs for step in (*prefills, *decodes)) // passes
     wanted = (cell.prompts * cell.prompt_len, cell.prompts * cell.output_len)
     if counted != {cell.m} or (prompt_tokens, outputs) != wanted:
         raise VerificationError(
@@ -169,7 +180,7 @@ def figures(cell: ThroughputCell, measured: Measured) -> dict[str, Any]:
         "ci_low": rate.low,
         "ci_high": rate.high,
         "ci_rel": rate.rel,
-        "passes": rounds // steps,
+        "passes": passes,
         "step_ms": median(step.seconds for step in timed) * 1e3,
         "tokens_per_step": cell.m,
         "output_tokens_per_s": outputs / seconds.median,

@@ -148,6 +148,11 @@ class TuningStore:
         """Count anew."""
         self.counts.clear()
 
+    @property
+    def families(self) -> set[str]:
+        """Backends and kinds of activation kernels that have entries."""
+        return {winner.family for winner in self._winners.values()}
+
     def digest(self, families: Collection[str], dtype: DType) -> str:
         """Hash over every entry that a variant could use, without timings: a new winner means a new measurement."""
         entries = sorted(

@@ -14,13 +14,14 @@ import torch
 
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.kernels import verify
-from slidesparse.kernels.backend import backend
+from slidesparse.kernels.linear import Recipe
 from slidesparse.kernels.verify import Check
 from slidesparse.measure.engines.model import plain_codes
 from slidesparse.measure.engines.stock_check import check_stock
 from slidesparse.plan import Variant
 from slidesparse.tuning.store import TuningStore
 from slidesparse.vllm_plugin import linear_op, model_paths
+from slidesparse.vllm_plugin.fused import KIND
 from slidesparse.vllm_plugin.settings import STOCK
 
 CHECKED_ROWS = 8
@@ -97,7 +98,8 @@ def check_linears(worker: Any, folder: Path, variant: Variant, m: int) -> list[C
         with verify.poisoned_memory(), _uncounted():
             y = layer.quant_method.apply(layer, x, None)
         rows = torch.linspace(0, m - 1, min(CHECKED_ROWS, m)).long().to(x.device)
-        check = _check(checkpoint, name, variant, x[rows], y[rows])
+        recipe = None if variant.backend == STOCK else linear_op.recipe_at(getattr(layer, KIND), m)
+        check = _check(checkpoint, name, recipe, x[rows], y[rows])
         found.append(Check(check.verified, check.text if check.ok else f"{name}: {check.text}"))
         del x, y
     if worker.device.type == "cuda":
@@ -129,16 +131,15 @@ def _random_tokens(m: int, k: int, device: torch.device) -> torch.Tensor:
     return torch.randn(m, k, generator=generator, dtype=torch.bfloat16, device=device)
 
 
-def _check(checkpoint: Checkpoint, name: str, variant: Variant, x: torch.Tensor, y: torch.Tensor) -> Check:
-    """x [R, K] -> y [R, N], without bias, against the checkpoint's own codes and scales."""
+def _check(checkpoint: Checkpoint, name: str, recipe: Recipe | None, x: torch.Tensor, y: torch.Tensor) -> Check:
+    """x [R, K] -> y [R, N], without bias, against the checkpoint's own codes and scales. No recipe: stock kernels."""
     dtype, k = checkpoint.dtype, x.shape[1]
     assert dtype is not None
     codes, scale = (part.to(x.device) for part in merged(checkpoint, name, k))
-    if variant.backend == STOCK:
+    if recipe is None:
         return check_stock(x, y, codes, scale, dtype)
-    side = backend(variant.backend)
-    operand_k = k if variant.sparsity is None else variant.sparsity.lifted_k(k)
-    error, _ = side.accumulation_error(dtype, operand_k)
+    side = recipe.backend
+    error, _ = side.accumulation_error(dtype, recipe.operand_k)
     between = verify.OUTPUT_UNIT.get(side.output(dtype), 0.0)
     return verify.check_linear(x, y, codes, scale, None, dtype, error, between, side.exact_epilogue)
 
