@@ -11,7 +11,10 @@ from slidesparse.pattern import Sparsity
 
 
 class TritonActivations(Activations):
-    """Shared by the GPU backends. Triton is imported when first used: without it everything else still runs."""
+    """Shared by the GPU backends. Triton is imported when first used: without it everything else still runs.
+
+    The kernels are operators of torch where something is traced, and called directly elsewhere, as in `gemm_ops`.
+    """
 
     name = "triton"
 
@@ -26,9 +29,10 @@ class TritonActivations(Activations):
         self, x: torch.Tensor, dtype: DType, sparsity: Sparsity | None, algorithm: Algorithm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from slidesparse.kernels import activation_ops as operators
-        from slidesparse.kernels.triton_activations import QUANTISE_LAUNCHES
+        from slidesparse.kernels import triton_activations as kernels
 
-        return operators.quantise_lift(x, dtype, sparsity, QUANTISE_LAUNCHES[algorithm.alg_id])
+        run = operators.quantise_lift if torch.compiler.is_compiling() else kernels.quantise_lift
+        return run(x, dtype, sparsity, kernels.QUANTISE_LAUNCHES[algorithm.alg_id])
 
     def dequantise_bias(
         self,
@@ -40,12 +44,12 @@ class TritonActivations(Activations):
         algorithm: Algorithm,
     ) -> torch.Tensor:
         from slidesparse.kernels import activation_ops as operators
-        from slidesparse.kernels.triton_dequantise import DEQUANTISE_LAUNCHES
+        from slidesparse.kernels import triton_dequantise as kernels
 
         if out_dtype is not torch.bfloat16:
             raise ValueError(f"the Triton kernel writes bfloat16, not {out_dtype}")
-        launch = DEQUANTISE_LAUNCHES[algorithm.alg_id]
-        return operators.dequantise_bias(acc, scale_token, scale_channel, bias, launch)
+        run = operators.dequantise_bias if torch.compiler.is_compiling() else kernels.dequantise_bias
+        return run(acc, scale_token, scale_channel, bias, kernels.DEQUANTISE_LAUNCHES[algorithm.alg_id])
 
     def norm_algorithms(self, k: int) -> tuple[Algorithm, ...]:
         from slidesparse.kernels.triton_bitnet import launches
