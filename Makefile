@@ -19,7 +19,7 @@ RUN := $(ENVIRONMENT)/bin/python -m slidesparse --config "$(CONFIG)" --profile "
        $(if $(SOURCE),--source "$(SOURCE)") $(FLAGS)
 SETUP := VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" requirements/setup.sh
 
-COMMANDS := all prepare convert tune prefill decode kernel linear calibrate report plan status doctor
+COMMANDS := all prepare convert tune prefill decode throughput kernel linear calibrate report plan status doctor
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: $(COMMANDS) env env-dev test lint format lock clean help
@@ -36,6 +36,7 @@ convert:  ## task 2: prune to Z:L, prove that lifting loses nothing
 tune:     ## task 3: measure every candidate algorithm, store the winners
 prefill:  ## task 4: prefill throughput
 decode:   ## task 5: decode throughput
+throughput: ## tasks 4 and 5 together: each engine is started once
 kernel:   ## tasks 6 to 8: GEMM latency, dense and sparse
 linear:   ## task 9: whole linear layers, against dense and the reference pipeline
 calibrate: ## task 10: what this GPU can do: copy bandwidth, tensor-core rates

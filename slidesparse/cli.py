@@ -99,6 +99,13 @@ for _stage, _description in {
     _stage_command(_stage, _description)
 
 
+@main.command("throughput")
+@click.pass_obj
+def throughput(options: Options) -> None:
+    """Tasks 4 and 5 together: every variant's engine is started once for both."""
+    _run(options, lambda plan: plan.stage_tasks("prefill") + plan.stage_tasks("decode"), with_report=False)
+
+
 @main.command("all")
 @click.pass_obj
 def all_(options: Options) -> None:

@@ -70,7 +70,7 @@ class Side:
             if self.variant.backend not in (STOCK, AUTO):
                 kernels = backend(self.variant.backend)
                 kernels.require(self._run.machine, self.dtype)
-                families = {kernels.name, kernels.activations.name}
+                families = {kernels.name, kernels.activations.name, kernels.activations.norm_family}
             source = Checkpoint.open(self.folder).fingerprint()
         except UnsupportedHere as error:
             self.all("skipped", reason_of(error))
