@@ -101,7 +101,7 @@ def test_emulated_and_real_rows_are_never_divided(tmp_path: Path) -> None:
         writer.task(writer.plan.tasks[4])
     records = collect(writer.tree)
     frame = compare.speedups(records)
-    assert set(zip(frame["emulation"], frame["baseline"], strict=True)) == {(True, "cpu_dense"), (False, "cublaslt")}
+    assert set(zip(frame["emulation"], frame["baseline"], strict=True)) == {(True, "cpu_dense"), (False, "auto")}
     assert (frame["emulation"] == frame["backend"].str.startswith("cpu_")).all()
     assert not records.emulation
     assert records.partly_emulation
@@ -174,7 +174,7 @@ def test_outcome_is_overlap_with_five_percent(low: float, high: float, expected:
 def test_only_the_published_backends_are_compared(tmp_path: Path) -> None:
     writer = Writer(tmp_path, "bitnet-2b", GPU)
     writer.task(writer.plan.tasks[4])
-    frame = compare.speedups(collect(writer.tree))
+    frame = compare.speedups(collect(writer.tree), published.BASELINE)
     found = published.beside(frame, "H100", ["decode"])
     assert len(found) == 2 * 4 * 4
     assert "not measured" not in set(found["outcome"])

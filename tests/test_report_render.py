@@ -132,7 +132,7 @@ def test_links_lead_somewhere(which: str, request: pytest.FixtureRequest) -> Non
     for name in figures:
         assert (tree.root / name).read_text().startswith("<?xml")
     files = re.findall(r"^- `((?:throughput|benchmark)[^`]+\.csv)`$", text, re.M)
-    variants = 6 if which == "hardware_tree" else 5
+    variants = 7 if which == "hardware_tree" else 5
     assert len(files) == 2 * 2 * variants + 2 * 9 + 2
     assert all((tree.root / name).exists() for name in files)
 

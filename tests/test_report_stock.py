@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_text import block, section, table_under, tables
 
-from slidesparse.report import compare
+from slidesparse.report import compare, published
 from slidesparse.report.collect import collect
 from slidesparse.report.render import render_report
 from slidesparse.report.standing import sizes
@@ -58,15 +58,30 @@ def text(tree: ResultTree) -> str:
 def test_ratios_are_the_rows_own(tree: ResultTree) -> None:
     records = collect(tree)
     frame = compare.over_stock(records)
-    dense = frame[(frame["dtype"] == "INT8") & (frame["sparsity"] == "") & (frame["m"] == 512)].iloc[0]
-    assert (dense["backend"], dense["baseline"], dense["paired"]) == ("cublaslt", "vllm", True)
+    same = (frame["dtype"] == "INT8") & (frame["backend"] == "cublaslt") & (frame["m"] == 512)
+    (dense,) = (row for _, row in frame[same].iterrows())
+    assert (dense["sparsity"], dense["baseline"], dense["paired"]) == ("", "vllm", True)
     assert dense["ratio"] == pytest.approx(OVER_STOCK)
     assert dense["low"] == pytest.approx(OVER_STOCK * ENDS["low"])
     assert not (frame["backend"] == "vllm").any(), "nothing is compared with itself"
     over_dense = compare.speedups(records)
     stock = over_dense[(over_dense["backend"] == "vllm") & (over_dense["m"] == 512)]
     assert stock["ratio"].to_numpy() == pytest.approx(1 / OVER_STOCK)
+    assert set(over_dense["baseline"]) == {"auto"}, "the first dense variant of the profile that is not stock"
     assert over_dense["paired"].all()
+
+
+def test_published_figures_are_met_with_the_dense_side_that_they_have(tree: ResultTree) -> None:
+    """`auto` is the better dense side; what was published is against cuBLASLt."""
+    records = collect(tree)
+    frame = compare.speedups(records, published.BASELINE)
+    assert set(frame["baseline"]) == {"cublaslt"}
+    row = frame[(frame["dtype"] == "FP8E4M3") & (frame["sparsity"] == "2:8") & (frame["m"] == 512)].iloc[0]
+    rows = records.throughput["prefill"].query("dtype == 'FP8E4M3' and m == 512").set_index(["backend", "sparsity"])
+    rates = rows["tokens_per_s"]
+    assert row["ratio"] == pytest.approx(rates.loc[("cusparselt", "2:8")] / rates.loc[("cublaslt", "")])
+    assert not row["paired"]
+    assert set(compare.speedups(records, "cpu_dense")["baseline"]) == {"auto"}, "not measured: the first there is"
 
 
 def test_a_paired_ratio_is_taken_before_that_of_two_medians(tmp_path: Path) -> None:
@@ -82,7 +97,7 @@ def test_a_paired_ratio_is_taken_before_that_of_two_medians(tmp_path: Path) -> N
     assert rows.loc[2048, "ratio"] == pytest.approx(2.0)
     assert list(rows["paired"][[1024, 2048]]) == [True, False]
     writer.environment()
-    assert "1 of 35 ratios to dense are of two independent medians: not interleaved." in block(
+    assert "1 of 42 ratios to dense are of two independent medians: not interleaved." in block(
         render_report(writer.tree).read_text(), HEADING
     )
 
@@ -98,7 +113,8 @@ def test_each_pattern_stands_in_one_plain_sentence(text: str) -> None:
     ) in said
     assert "- **cusparselt 2:10**: 0.90 times the rate of stock vLLM (**slower** at every M);" in said
     assert "- **cublaslt**: 1.15 times the rate of stock vLLM (faster at every M" in said
-    assert len(re.findall(r"^- \*\*", said, re.M)) == 5
+    assert "- **auto**: 1.15 times the rate of stock vLLM (faster at every M).\n" in said, "the base of the others"
+    assert len(re.findall(r"^- \*\*", said, re.M)) == 6
     assert "not interleaved" not in said.lower()
 
 
@@ -107,19 +123,20 @@ def test_conclusions_and_headline_name_stock(text: str) -> None:
     line = next(line for line in said.splitlines() if line.startswith(f"- {HEADING}, against stock vLLM"))
     assert "**slower at every size measured**: cusparselt 2:10" in line
     assert "depends on the size, or no difference shown: cusparselt 2:8" in line
-    assert f"- {HEADING}, times the rate of stock vLLM, all M: cublaslt 1.15" in text[: text.index("## 1.")]
+    assert f"- {HEADING}, times the rate of stock vLLM, all M: auto 1.15, cublaslt 1.15" in text[: text.index("## 1.")]
 
 
 def test_tables_show_stock_as_a_row_and_as_a_base(text: str) -> None:
     performance, over_stock, over_dense = (table_under(text, HEADING, number) for number in (1, 2, 3))
-    assert [row[0] for row in performance[2:4]] == ["vllm", "cublaslt"]
+    assert [row[0] for row in performance[2:5]] == ["vllm", "auto", "cublaslt"]
     failed = performance[0].index("M=8192")
     assert performance[2][failed] == "✗"
     assert over_stock[0][0] == "against vllm"
     assert "bound" not in over_stock[0], "L/(L-2) does not bind a ratio to another pipeline"
     assert {row[0]: row[1] for row in over_stock[2:]}["cusparselt 2:8"] == "▼ 0.95 [0.94, 0.96]"
     assert [row[0] for row in over_dense] == [
-        "against cublaslt", "----------------", "vllm", *(f"cusparselt {p}" for p in ("2:4", "2:6", "2:8", "2:10")),
+        "against auto", "---------------", "vllm", "cublaslt",
+        *(f"cusparselt {p}" for p in ("2:4", "2:6", "2:8", "2:10")),
     ]  # fmt: skip
     assert "bound" in over_dense[0]
 
@@ -132,7 +149,7 @@ def test_compile_time_has_a_column_of_its_own(text: str) -> None:
 def test_the_figure_has_a_panel_for_each_base(tree: ResultTree) -> None:
     svg = (tree.figures / "prefill_BitNet-2B-INT8.svg").read_text()
     assert "against stock (vllm)" in svg
-    assert "against cublaslt" in svg
+    assert "against auto" in svg
     assert "stock time / time" in svg
 
 
@@ -184,4 +201,4 @@ def test_decode_has_its_sentences_too(tmp_path: Path) -> None:
     writer.task(writer.plan.tasks[PREFILL + 1])
     writer.environment()
     said = block(render_report(writer.tree).read_text(), "Decode, BitNet-2B FP8E4M3")
-    assert len(re.findall(r"^- \*\*cu.*times the rate of stock vLLM", said, re.M)) == 5
+    assert len(re.findall(r"^- \*\*.*times the rate of stock vLLM", said, re.M)) == 6

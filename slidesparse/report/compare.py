@@ -9,7 +9,7 @@ Only a ratio of two checked rows supports a statement; one whose interval contai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import pandas as pd
@@ -17,7 +17,7 @@ import pandas as pd
 from slidesparse.config import Profile, Stopping
 from slidesparse.measure.statistics import Interval, unpaired_ratio
 from slidesparse.pattern import Sparsity
-from slidesparse.plan import Phase
+from slidesparse.plan import Phase, throughput_cells
 from slidesparse.report.collect import PHASES, Records
 
 Verdict = Literal["faster", "slower", "no difference shown", "no interval"]
@@ -97,10 +97,16 @@ def stopping_of(profile: Profile | None, kind: str) -> Stopping | None:
     return rules.get(kind)
 
 
-def baseline(backends: list[str], profile: Profile | None = None) -> str:
-    """The dense backend that ratios are taken against: the profile's first, else the first that is not stock."""
-    order = [name for name in (profile.backends.dense if profile else ()) if name in backends] + sorted(backends)
-    return next((name for name in order if name != STOCK), order[0] if order else "")
+def baseline(backends: list[str], order: Iterable[str] = ()) -> str:
+    """The dense backend that ratios are taken against: the first of `order`, else of all, that is not stock."""
+    names = [*(name for name in order if name in backends), *sorted(backends)]
+    return next((name for name in names if name != STOCK), names[0] if names else "")
+
+
+def dense_variants(profile: Profile | None, phase: Phase) -> list[str]:
+    """Backends of the profile's dense variants, end to end, in its order: `over_dense` is against the first of ours."""
+    cells = throughput_cells(profile, phase) if profile else ()
+    return list(dict.fromkeys(cell.variant.backend for cell in cells if cell.variant.sparsity is None))
 
 
 def geometric_mean(ratios: pd.Series[float]) -> float:
@@ -108,9 +114,12 @@ def geometric_mean(ratios: pd.Series[float]) -> float:
     return math.exp(float(ratios.map(math.log).mean()))
 
 
-def speedups(records: Records) -> pd.DataFrame:
-    """All ratios of a tree, columns SPEEDUP_COLUMNS, in the order of the tables. Empty frame with columns if none."""
-    rows = [row for phase in PHASES for row in _end_to_end(records, phase)] + _linear(records) + _kernel(records)
+def speedups(records: Records, base: str = "") -> pd.DataFrame:
+    """All ratios of a tree, columns SPEEDUP_COLUMNS, in the order of the tables. Empty frame with columns if none.
+
+    `base`: end to end, the dense backend to compare with where it was measured, in place of the profile's first.
+    """
+    rows = [row for phase in PHASES for row in _end_to_end(records, phase, base)] + _linear(records) + _kernel(records)
     return pd.DataFrame(rows, columns=list(SPEEDUP_COLUMNS))
 
 
@@ -126,16 +135,19 @@ def over_stock(records: Records) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(SPEEDUP_COLUMNS))
 
 
-def _end_to_end(records: Records, phase: Phase) -> list[dict[str, object]]:
+def _end_to_end(records: Records, phase: Phase, wanted: str) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for group in _groups(records, phase):
-        base = baseline(sorted(set(group.loc[group["sparsity"] == "", "backend"])), records.profile)
+        present = sorted(set(group.loc[group["sparsity"] == "", "backend"]))
+        order = dense_variants(records.profile, phase)
+        first, base = baseline(present, order), baseline(present, (wanted, *order))
         dense = _dense_rows(group, base)
         for _, row in group.iterrows():
             if row["m"] not in dense.index or (row["backend"] == base and not row["sparsity"]):
                 continue
             twin = dense.loc[row["m"]]
-            ratio = paired(row, "over_dense") if row["over_dense"] > 0 else ratio_of(row, twin, "tokens_per_s")
+            in_turns = base == first and row["over_dense"] > 0
+            ratio = paired(row, "over_dense") if in_turns else ratio_of(row, twin, "tokens_per_s")
             rows.append(_place(phase, row) | _shared(row, twin, base, int(row["m"])) | ratio)
     return rows
 
@@ -184,7 +196,8 @@ def _kernel(records: Records) -> list[dict[str, object]]:
     )
     rows: list[dict[str, object]] = []
     for (model, dtype, _), group in frame[frame["status"] == "ok"].groupby(["model", "dtype", "emulation"], sort=False):
-        base = baseline(sorted(set(group.loc[group["sparsity"] == "", "backend"])), records.profile)
+        present = sorted(set(group.loc[group["sparsity"] == "", "backend"]))
+        base = baseline(present, records.profile.backends.dense if records.profile else ())
         dense = group[(group["backend"] == base) & (group["sparsity"] == "")]
         twins = {(row["M"], row["N"], row["K_model"]): row for _, row in dense.iterrows()}
         for _, row in group.iterrows():

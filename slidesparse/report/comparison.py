@@ -49,7 +49,7 @@ class Published:
 def published_section(view: View) -> Published:
     """Reproduction cell by cell on a GPU that figures were published for, side by side anywhere else."""
     same = published.same_machine(view.device)
-    found = published.beside(view.speedups, same) if same else pd.DataFrame()
+    found = published.beside(view.over_published_base, same) if same else pd.DataFrame()
     everything = published.speedups()
     bounds = everything["sparsity"].map(compare.bound)
     return Published(
@@ -193,7 +193,7 @@ def _squares(ratios: pd.DataFrame) -> pd.DataFrame:
 def _side_by_side(view: View, same: str) -> list[Titled]:
     """Published ratios by GPU; ours beside them where both ran the model, and never where ours are emulation."""
     ratios = published.speedups()
-    ours = view.speedups
+    ours = view.over_published_base
     ours = ours[ours["checked"].astype(bool) & (ours["sparsity"] != "") & ~ours["emulation"].astype(bool)]
     shared = [m for m in view.models() if m in set(ratios["model"])] or [REFERENCE_MODEL]
     if SQUARE in set(ours["model"]):
@@ -241,13 +241,13 @@ def machines_section(view: View, others: list[View]) -> tuple[list[Titled], list
     groups = {
         (str(m), str(d), str(k))
         for v in views
-        for k, m, d in v.speedups[["kind", "model", "dtype"]].itertuples(index=False)
+        for k, m, d in v.over_published_base[["kind", "model", "dtype"]].itertuples(index=False)
     }
     order = [dtype.value for dtype in DType]
     for model, dtype, kind in sorted(groups, key=lambda g: (g[0], order.index(g[1]), compare.KINDS.index(g[2]))):
         sources: dict[str, pd.DataFrame] = {}
         for v in views:
-            frame = v.speedups
+            frame = v.over_published_base
             same = (frame["kind"] == kind) & (frame["model"] == model) & (frame["dtype"] == dtype)
             part = frame[same & (frame["sparsity"] != "")]
             for (backend, emulation), rows in part.groupby(["backend", "emulation"], sort=True):

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from slidesparse.files import write_text
 from slidesparse.plan import SQUARE
 from slidesparse.report import compare, step_figure, steps
+from slidesparse.report.profiled import profiled
 from slidesparse.report.view import View, figure_name, ratio_name
 
 STYLE = {
@@ -65,7 +66,7 @@ def draw_all(view: View, folder: Path) -> set[str]:
             heading += f" against {panels[0].ratios['baseline'].iloc[0]}"
         write_text(folder / name, svg(view, heading, panels))
         names.add(name)
-    for model, dtype, parts in steps.profiled(view):
+    for model, dtype, parts in profiled(view):
         name = figure_name(steps.KIND, model, dtype, False)
         heading = f"Where the time of a step goes, {model} {dtype}"
         write_text(folder / name, step_figure.svg(heading, parts, STYLE, NO_METADATA))

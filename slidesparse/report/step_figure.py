@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from slidesparse.measure import step_categories as categories
 from slidesparse.report import compare
-from slidesparse.report.steps import Steps
+from slidesparse.report.profiled import Steps
 
 COLOURS = {
     categories.LINEAR: "#0072b2", categories.DEQUANTISE: "#b3541e", categories.FUSED: "#d55e00",
