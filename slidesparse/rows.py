@@ -226,7 +226,7 @@ class PrefillRow(ThroughputRow):
     requests_per_s: float = UNMEASURED
     tokens_per_s: float = UNMEASURED
     elapsed_time_s: float = UNMEASURED
-    """Of one pass (median of the passes)."""
+    """Of one pass: its steps by their median. `samples` are bursts of steps (prefill) or batches (decode)."""
 
 
 class DecodeRow(ThroughputRow):

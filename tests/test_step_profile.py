@@ -84,6 +84,8 @@ NAMES = {
     "triton_poi_fused_mul_silu_slice_2": c.GATE,
     "triton_red_fused__to_copy_abs_add_amax_clamp_div_mean_mul_pow_round_rsqrt_1": c.FUSED,
     "triton_red_fused__to_copy_abs_clamp_div_max_0": c.QUANTISE,
+    "triton_red_fused__to_copy_abs_clamp_cutlass_scaled_mm_div_max_mul_reciprocal_rms_norm_unsqueeze_view_0": c.FUSED,
+    "triton_red_fused_dynamic_scaled_int8_quant_mul_pow_relu_rms_norm_split_2": c.FUSED,
     "triton_poi_fused_add_cat_index_select_mul_split_sub_unsqueeze_view_2": c.CACHE,
     "triton_poi_fused__to_copy_mul_view_7": c.REST,
     "triton_tem_fused_mm_1": c.LINEAR,

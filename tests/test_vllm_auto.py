@@ -138,6 +138,19 @@ def test_all_that_was_measured_can_be_asked_for_the_fastest_first() -> None:
     assert [next(iter(of)) for of in found.values()] == ["cublaslt", "cutlass"]
 
 
+def test_models_are_built_under_another_default_type() -> None:
+    """vLLM loads weights with bfloat16 as torch's default, in which row 511 is row 512."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ready = prepared(DENSE, cublaslt_is_faster_below_64, sizes=(512,))
+    finally:
+        torch.set_default_dtype(before)
+    assert linear_op.measured()[ready.kind] == {
+        "M=512": {"cutlass": pytest.approx(10), "cublaslt": pytest.approx(20)},
+    }
+
+
 def test_sizes_of_one_bucket_are_measured_once_and_layers_of_one_kind_too() -> None:
     settings = Auto(DENSE, (1, 2, 4, 8, 16, 17), clock := Scripted(cublaslt_is_faster_below_64))
     one = prepared(DENSE, clock.us, settings=settings)

@@ -20,6 +20,7 @@ import torch
 from slidesparse.config import Stopping
 from slidesparse.errors import VerificationError
 from slidesparse.measure.engines.base import Session, StepResult
+from slidesparse.measure.statistics import Interval
 from slidesparse.measure.timer import Call, Samples, WallClock, measure_together
 from slidesparse.plan import ThroughputCell
 
@@ -42,7 +43,7 @@ class Measured:
     """One session's part of a cell."""
 
     samples: Samples
-    """Seconds of a prefill step, the mean of a burst; or of a decode batch."""
+    """Seconds of a prefill step, the mean of a burst; of a decode step, the median of a batch."""
     prefills: list[StepResult]
     decodes: list[StepResult]
     """Of the samples' rounds, in order, lead-in left out."""
@@ -87,7 +88,7 @@ class _Rounds:
         result = self.session.decode(self.prompts(1)[0], output_len)
         self.prefills.append(result.prefill)
         self.decodes.extend(result.steps)
-        return result.seconds
+        return median(step.seconds for step in result.steps)
 
     def forget(self) -> None:
         self.prefills.clear()
@@ -144,13 +145,13 @@ def _blamed(place: int, call: Callable[[], float]) -> float:
 def figures(cell: ThroughputCell, measured: Measured) -> dict[str, Any]:
     """Rates of one pass, from what the engine counted. Raises VerificationError when a step held other tokens.
 
-    A pass of a prefill cell takes `cell.steps` times the median step: one slow step is noise, not throughput.
+    A pass takes as often the median step as it has steps; decode: and once the median step that reads the prompts. One
+    slow step is noise, not throughput.
     """
     samples, prefills, decodes = measured.samples, measured.prefills, measured.decodes
-    rounds = len(samples.values)
     prefill = cell.phase == "prefill"
-    steps = cell.steps if prefill else 1
-    passes = len(prefills) // steps
+    passes = len(prefills) // (cell.steps if prefill else 1)
+    steps, first = (cell.steps, 0.0) if prefill else (cell.output_len - 1, median(step.seconds for step in prefills))
     timed = prefills if prefill else decodes
     counted = {step.tokens for step in timed}
     prompt_tokens = sum(step.tokens for step in prefills) // passes
@@ -161,28 +162,23 @@ def figures(cell: ThroughputCell, measured: Measured) -> dict[str, Any]:
             f"check failed: steps held {sorted(counted)} tokens, a pass {prompt_tokens} prompt and {outputs} output "
             f"tokens; the cell has {cell.m}, {wanted[0]} and {wanted[1]}"
         )
-    seconds = samples.interval.scaled(steps)
+    step = samples.interval
+    seconds = Interval(*(first + steps * value for value in (step.median, step.low, step.high)))
     tokens = prompt_tokens + outputs
     rate = seconds.rate(tokens)
-    if prefill:
-        steady = prompt_tokens / seconds.median
-    else:
-        a_round = len(decodes) // rounds
-        generating = [sum(s.seconds for s in decodes[i * a_round : (i + 1) * a_round]) for i in range(rounds)]
-        steady = sum(step.outputs for step in decodes) / rounds / median(generating)
     return {
         "requests_per_s": cell.prompts / seconds.median,
         "tokens_per_s": rate.median,
         "elapsed_time_s": seconds.median,
-        **samples.columns(steps),
-        "p20": tokens / (samples.p80 * steps),
-        "p80": tokens / (samples.p20 * steps),
+        **samples.columns(1.0),
+        "p20": tokens / (first + samples.p80 * steps),
+        "p80": tokens / (first + samples.p20 * steps),
         "ci_low": rate.low,
         "ci_high": rate.high,
         "ci_rel": rate.rel,
         "passes": passes,
-        "step_ms": median(step.seconds for step in timed) * 1e3,
+        "step_ms": step.median * 1e3,
         "tokens_per_step": cell.m,
         "output_tokens_per_s": outputs / seconds.median,
-        "steady_tokens_per_s": steady,
+        "steady_tokens_per_s": cell.m / step.median,
     }

@@ -42,12 +42,15 @@ _ROLES = (
 _SAMPLING = r"argmax|softmax|top_?k|top_?p|sampl|gumbel|multinomial|logit|penalt|temperature"
 _INDUCTOR = re.compile(r"^triton_[a-z]+_fused_(.*?)(_\d+)?$")
 
+_CONSUMER = re.compile(r"_?(cutlass_scaled_mm|scaled_mm)_?")
+"""A product that is no Triton kernel: Inductor names what prepares its operands after it as well."""
+
 
 def category_of(name: str) -> str:
     """The category of a kernel; `REST` for a name that is not known."""
     inductor = _INDUCTOR.match(name)
     if inductor is not None:
-        return _of_operators(set(inductor[1].split("_")))
+        return _of_operators(set(_CONSUMER.sub("_", inductor[1]).split("_")))
     low = name.lower()
     for category, pattern in _RULES:
         if re.search(pattern, low):

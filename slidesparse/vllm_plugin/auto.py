@@ -253,7 +253,8 @@ def _check(candidate: Candidate, layer: Layer, size: int, dtype: DType) -> None:
     x = operands.activation(size, layer.codes.shape[1], SEED, str(layer.operand.device))
     with verify.poisoned_memory():
         y, _ = Plan.make(candidate.way, choice, size).run(x, None, None, 0.0, layer.operand, layer.scale, layer.bias)
-    rows = torch.linspace(0, size - 1, min(CHECKED_ROWS, size), device=x.device).long()
+    # float64: models are built under another default type, and bfloat16 rounds row 511 to 512.
+    rows = torch.linspace(0, size - 1, min(CHECKED_ROWS, size), dtype=torch.float64, device=x.device).long()
     error, _ = side.accumulation_error(dtype, candidate.way.recipe.operand_k)
     between = 0.0 if candidate.scaled else verify.OUTPUT_UNIT.get(side.output(dtype), 0.0)
     check = verify.check_linear(
