@@ -32,15 +32,11 @@ pytestmark = [
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 LIMITS = Limits(prefill=((1, 8), (2, 16)), decode=(3, 6), decode_prompt=4, decode_output=5)
-DENSE, SPARSE = Variant("cublaslt"), Variant("cusparselt", Sparsity(8))
 CASES = {
-    "INT8": ("checkpoints/Tiny-INT8", DType.INT8, DENSE, "CpuWorker"),
-    "FP8 2:8": ("checkpoints_slidesparse/Tiny-FP8-SlideSparse-2_8", DType.FP8, SPARSE, "CpuWorker"),
-    "layer": ("checkpoints/Tiny-INT8", DType.INT8, DENSE, "WrongLayer"),
-    "norm": ("checkpoints/Tiny-INT8", DType.INT8, DENSE, "WrongNorm"),
-    "few": ("checkpoints/Tiny-INT8", DType.INT8, DENSE, "FewTokens"),
+    "INT8": ("checkpoints/Tiny-INT8", DType.INT8, Variant("cublaslt")),
+    "FP8 2:8": ("checkpoints_slidesparse/Tiny-FP8-SlideSparse-2_8", DType.FP8, Variant("cusparselt", Sparsity(8))),
 }
-"""Checkpoint, type, variant, and which worker."""
+"""Checkpoint, type and variant."""
 Sessions = Callable[[str], VllmSession]
 
 
@@ -64,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sessions(folder: Path) -> Iterator[Sessions]:
-    """Of all cases, started two at a time, each with an environment of its own."""
+    """Of all cases, started side by side."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder / "site"), str(Path(__file__).parent)]))
         patch.setenv("VLLM_CACHE_ROOT", str(folder / "cache"))
@@ -73,15 +69,13 @@ def sessions(folder: Path) -> Iterator[Sessions]:
         patch.setattr("slidesparse.measure.engines.vllm_engine.CALL_S", 60.0)
 
         def open_one(name: str) -> VllmSession | Exception:
-            place, dtype, variant, worker = CASES[name]
-            engine = CpuEngine()
-            engine.worker = f"vllm_cpu_worker:{worker}"  # type: ignore[misc]
+            place, dtype, variant = CASES[name]
             try:
-                return engine.open(folder / place, dtype, variant, None, LIMITS)
+                return CpuEngine().open(folder / place, dtype, variant, None, LIMITS)
             except Exception as error:
                 return error
 
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(len(CASES)) as pool:
             opened = dict(zip(CASES, pool.map(open_one, CASES), strict=True))
 
         def get(name: str) -> VllmSession:
@@ -110,6 +104,12 @@ def test_a_prefill_step_holds_all_prompts_and_nothing_else(sessions: Sessions) -
             step = session.prefill_steps(prompts(*size, seed=seed)[None])[0]
             assert (step.tokens, step.outputs) == (size[0] * size[1], size[0])
             assert step.seconds > 0
+
+
+def test_steps_run_back_to_back_and_none_takes_another_ones_prompts(sessions: Sessions) -> None:
+    session = sessions("INT8")
+    steps = session.prefill_steps(torch.stack([prompts(2, 8, seed=seed) for seed in range(5)]))
+    assert [(step.tokens, step.outputs) for step in steps] == [(16, 2)] * 5
 
 
 def test_a_batch_is_one_step_for_the_prompts_and_one_a_token(sessions: Sessions) -> None:
@@ -143,20 +143,24 @@ def test_one_token_a_sequence_is_a_batch_too(sessions: Sessions) -> None:
 
 
 def test_prompts_that_do_not_fit_into_one_step_are_an_error(sessions: Sessions) -> None:
-    session = sessions("few")
-    with pytest.raises(VerificationError, match=r"8 prompts of 16 tokens did not take one step: a step held 64 tokens"):
-        session.prefill_steps(prompts(8, 16)[None])[0]
-    assert session._process.call("left") == 0
-    with pytest.raises(VerificationError, match=r"8 prompts of 16 tokens did not take one step for the prompts"):
-        session.decode(prompts(8, 16), 3)
-    assert session._process.call("left") == 0
-    assert session.prefill_steps(prompts(4, 16)[None])[0].tokens == 64, "the session lives on"
+    session = sessions("INT8")
+    before = session._process.call("limit", 64)
+    try:
+        with pytest.raises(VerificationError, match=r"1 x 8 x 16 tokens did not take 1 steps: 2 steps, of 64 tok"):
+            session.prefill_steps(prompts(8, 16)[None])
+        assert session._process.call("left") == 0
+        with pytest.raises(VerificationError, match=r"8 x 16 tokens did not take a step a token"):
+            session.decode(prompts(8, 16), 3)
+        assert session._process.call("left") == 0
+        assert session.prefill_steps(prompts(4, 16)[None])[0].tokens == 64, "the session lives on"
+    finally:
+        session._process.call("limit", before)
 
 
 def test_an_error_leaves_no_request_behind(sessions: Sessions) -> None:
     session = sessions("INT8")
     with pytest.raises(SlideSparseError, match="maximum"):
-        session.prefill_steps(prompts(2, 100)[None])[0]
+        session.prefill_steps(prompts(2, 100)[None])
     assert session._process.call("left") == 0
     assert session.prefill_steps(prompts(1, 8)[None])[0].tokens == 8
 
@@ -179,16 +183,26 @@ def test_a_right_engine_passes_its_checks(sessions: Sessions, name: str) -> None
         assert step.text.startswith(f"4 linears of a layer at M={m}")
 
 
-def test_a_wrong_weight_is_caught_by_the_layers_check(sessions: Sessions) -> None:
-    step = sessions("layer").check_step(prompts(2, 16), "prefill")
+@pytest.mark.parametrize("name", ["INT8", "FP8 2:8"])
+def test_one_wrong_row_is_caught_by_the_layers_check(sessions: Sessions, name: str) -> None:
+    session = sessions(name)
+    session._process.call("spoil", "layer")
+    try:
+        step = session.check_step(prompts(2, 16), "prefill")
+    finally:
+        session._process.call("spoil", "layer", True)
     assert step.verified == "failed"
     assert "model.layers.0.mlp.down_proj" in step.text
 
 
 def test_a_wrong_norm_is_caught_by_the_logits_check(sessions: Sessions) -> None:
-    session = sessions("norm")
-    assert session.check_step(prompts(2, 16), "prefill").ok, "no linear is wrong"
-    assert session.check_logits(prompts(4, 12)).verified == "failed"
+    session = sessions("INT8")
+    session._process.call("spoil", "norm")
+    try:
+        assert session.check_step(prompts(2, 16), "prefill").ok, "no linear is wrong"
+        assert session.check_logits(prompts(4, 12)).verified == "failed"
+    finally:
+        session._process.call("spoil", "norm", True)
 
 
 # -- what it says of itself ----------------------------------------------------------------------------

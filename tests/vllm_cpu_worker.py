@@ -16,7 +16,7 @@ from slidesparse.plan import Variant
 
 
 class CpuWorker(VllmWorker):
-    """A right one."""
+    """With ways to make it wrong."""
 
     def __init__(self, arguments: dict[str, Any], variant: Variant, opened: float) -> None:
         _operators()
@@ -26,38 +26,28 @@ class CpuWorker(VllmWorker):
         super().__init__(arguments | eager, variant, opened)
 
     def left(self) -> int:
-        """Requests that the scheduler still has."""
-        return len(self._scheduler.running) + len(self._scheduler.waiting)
+        """Requests and steps that the scheduler still has."""
+        return len(self._core.scheduler.running) + len(self._core.scheduler.waiting) + len(self._core.batch_queue or [])
+
+    def limit(self, tokens: int) -> int:
+        """From now on a step holds that many tokens, whatever it was started for. Returns what it was."""
+        before, self._room = self._room, tokens
+        self._core.scheduler.max_num_scheduled_tokens = tokens
+        return before
+
+    def spoil(self, what: str, back: bool = False) -> None:
+        """Make one row of a layer wrong, or a norm; or right again."""
+        self._on_ranks(_spoil, what, back)
 
 
-class WrongLayer(CpuWorker):
-    def __init__(self, arguments: dict[str, Any], variant: Variant, opened: float) -> None:
-        super().__init__(arguments, variant, opened)
-        self._on_ranks(_spoil_a_layer)
-
-
-class WrongNorm(CpuWorker):
-    def __init__(self, arguments: dict[str, Any], variant: Variant, opened: float) -> None:
-        super().__init__(arguments, variant, opened)
-        self._on_ranks(_spoil_a_norm)
-
-
-class FewTokens(CpuWorker):
-    """A step holds 64 tokens, whatever the limits asked for."""
-
-    def __init__(self, arguments: dict[str, Any], variant: Variant, opened: float) -> None:
-        super().__init__(arguments | {"max_num_batched_tokens": 64}, variant, opened)
-
-
-def _spoil_a_layer(worker: Any) -> None:
-    """One weight of one linear."""
-    worker.get_model().get_submodule("model.layers.0.mlp.down_proj").weight.data.view(torch.int8)[3, 5] += 1
-
-
-def _spoil_a_norm(worker: Any) -> None:
-    """What no linear's check sees."""
-    weight = worker.get_model().get_submodule("model.layers.1.mlp.ffn_sub_norm").weight
-    weight.data[:60] *= 5
+def _spoil(worker: Any, what: str, back: bool) -> None:
+    model = worker.get_model()
+    if what == "layer":
+        row = model.get_submodule("model.layers.0.mlp.down_proj").weight.data.view(torch.int8)[3]
+        row.copy_(row.flip(0))
+    else:  # no linear's check sees it
+        weight = model.get_submodule("model.layers.1.mlp.ffn_sub_norm").weight
+        weight.data[:60] *= 0.125 if back else 8
 
 
 def _doubles() -> None:

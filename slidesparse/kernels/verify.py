@@ -194,9 +194,10 @@ def check_linear(
     error: float,
     roundings: float = 0.0,
     exact: bool = True,
+    norm: float = float("inf"),
 ) -> Check:
     """A whole layer: x [M, K] -> y [M, N] against unlifted codes [N, K], scale float32 [N, 1]: `check_product`."""
-    return check_product(reference.quantise(x, dtype), y, codes, scale, bias, dtype, error, roundings, exact)
+    return check_product(reference.quantise(x, dtype), y, codes, scale, bias, dtype, error, roundings, exact, norm)
 
 
 def check_product(
@@ -209,13 +210,14 @@ def check_product(
     error: float,
     roundings: float = 0.0,
     exact: bool = True,
+    norm: float = float("inf"),
 ) -> Check:
     """A layer from its quantised activations on: given codes [M, K] and their scale float32 [M, 1] -> y [M, N].
 
     INT8: equal to the reference bit for bit. Where the epilogue has another order of operations (`exact` false, see
     `Backend.exact_epilogue`): one rounding to y's type of a number within 4 float32 roundings of the exact one.
     FP8: within `error` * sum|a||w| of the accumulation, 4 float32 roundings of the epilogue, `roundings` of the
-    accumulator on its way (`OUTPUT_UNIT`), and the last one to y's type.
+    accumulator on its way (`OUTPUT_UNIT`), and the last one to y's type; and ||y - exact|| within `norm` * ||exact||.
     """
     if dtype is DType.INT8:
         expected = reference.dequantise_bias(reference.gemm(given[0], codes), given[1], scale, bias, y.dtype)
@@ -239,6 +241,9 @@ def check_product(
             f"layer output [{m}, {n}] is {y[m, n].item():.6g}, float64 reference {whole[m, n].item():.6g}, "
             f"allowed +-{bound[m, n].item():.3g}; {int((~good).sum())} of {good.numel()} such",
         )
+    distance = float((y.double() - whole).nan_to_num().norm() / whole.nan_to_num().norm())
+    if distance > norm:
+        return Check("failed", f"layer output: relative L2 error {distance:.3g}, allowed {norm:.3g}")
     return Check("within_bound", "float64 reference layer, accumulation bound and one final rounding")
 
 

@@ -5,29 +5,13 @@ What they keep between calls lies on the model runner, under names of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from slidesparse.checkpoint.checkpoint import Checkpoint
-from slidesparse.kernels import verify
-from slidesparse.kernels.linear import Recipe
-from slidesparse.kernels.verify import Check
-from slidesparse.measure.engines.model import plain_codes
-from slidesparse.measure.engines.stock_check import check_stock
-from slidesparse.plan import Variant
 from slidesparse.tuning.store import TuningStore
 from slidesparse.vllm_plugin import linear_op, model_paths
-from slidesparse.vllm_plugin.fused import KIND
-from slidesparse.vllm_plugin.settings import STOCK
 
-CHECKED_ROWS = 8
-"""Tokens of a step whose layer outputs are compared with the reference, spread over the step."""
-MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Linears that vLLM runs as one."""
 GRAPHS, KEPT = "slidesparse_graphs", "slidesparse_logits"
 
 
@@ -79,79 +63,6 @@ def take_logits(worker: Any) -> list[tuple[list[str], torch.Tensor]]:
     del worker.get_model().compute_logits  # the method of the class is what stood there before
     kept: list[tuple[list[str], torch.Tensor]] = runner.__dict__.pop(KEPT)
     return kept if worker.rank == 0 else []
-
-
-# -- linears ------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def check_linears(worker: Any, folder: Path, variant: Variant, m: int) -> list[Check]:
-    """Every linear of the first decoder layer on M random tokens: CHECKED_ROWS of them against the reference.
-
-    INT8 equals the integer reference bit for bit where the epilogue has its order of operations; FP8 is within the
-    bound of its accumulation. Stock kernels: `stock_check`.
-    """
-    checkpoint = Checkpoint.open(folder)
-    found = []
-    for name, layer in _linears_of_first_layer(worker.get_model()):
-        x = _random_tokens(m, int(layer.input_size), worker.device)
-        with verify.poisoned_memory(), _uncounted():
-            y = layer.quant_method.apply(layer, x, None)
-        rows = torch.linspace(0, m - 1, min(CHECKED_ROWS, m)).long().to(x.device)
-        recipe = None if variant.backend == STOCK else linear_op.recipe_at(getattr(layer, KIND), m)
-        check = _check(checkpoint, name, recipe, x[rows], y[rows])
-        found.append(Check(check.verified, check.text if check.ok else f"{name}: {check.text}"))
-        del x, y
-    if worker.device.type == "cuda":
-        torch.cuda.empty_cache()  # other engines share this GPU
-    return found
-
-
-def _linears_of_first_layer(model: Any) -> Iterator[tuple[str, Any]]:
-    from vllm.model_executor.layers.linear import LinearBase
-
-    for name, module in model.named_modules():
-        if isinstance(module, LinearBase) and ".layers.0." in name:
-            yield name, module
-
-
-@contextmanager
-def _uncounted() -> Iterator[None]:
-    """Calls of our operators inside the block are no part of the path that a step takes."""
-    calls = {kind: kind.calls.copy() for kind in linear_op._KINDS.values()}
-    try:
-        yield
-    finally:
-        for kind, counted in calls.items():
-            kind.calls = counted
-
-
-def _random_tokens(m: int, k: int, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator(device).manual_seed(m)
-    return torch.randn(m, k, generator=generator, dtype=torch.bfloat16, device=device)
-
-
-def _check(checkpoint: Checkpoint, name: str, recipe: Recipe | None, x: torch.Tensor, y: torch.Tensor) -> Check:
-    """x [R, K] -> y [R, N], without bias, against the checkpoint's own codes and scales. No recipe: stock kernels."""
-    dtype, k = checkpoint.dtype, x.shape[1]
-    assert dtype is not None
-    codes, scale = (part.to(x.device) for part in merged(checkpoint, name, k))
-    if recipe is None:
-        return check_stock(x, y, codes, scale, dtype)
-    side = recipe.backend
-    error, _ = side.accumulation_error(dtype, recipe.operand_k)
-    between = verify.OUTPUT_UNIT.get(side.output(dtype), 0.0)
-    return verify.check_linear(x, y, codes, scale, None, dtype, error, between, side.exact_epilogue)
-
-
-def merged(checkpoint: Checkpoint, name: str, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unlifted codes [N, K] and scales float32 [N, 1] of a linear of vLLM's, from the checkpoint's own layers."""
-    parent, _, own = name.rpartition(".")
-    parts = [f"{parent}.{part}" for part in MERGED.get(own, (own,))]
-    codes = torch.cat([plain_codes(checkpoint, part, k).view(torch.int8) for part in parts])
-    assert checkpoint.dtype is not None
-    scale = torch.cat([checkpoint.load(f"{part}.weight_scale") for part in parts])
-    return codes.view(checkpoint.dtype.torch), scale
 
 
 # -- what runs ------------------------------------------------------------------------------------------------

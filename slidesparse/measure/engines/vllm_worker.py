@@ -26,7 +26,7 @@ from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.errors import VerificationError
 from slidesparse.kernels import verify
 from slidesparse.kernels.verify import Check
-from slidesparse.measure.engines import vllm_rank
+from slidesparse.measure.engines import vllm_layers, vllm_rank
 from slidesparse.measure.engines.base import StepResult
 from slidesparse.measure.engines.logits import GENERATED, compare, noise_bound
 from slidesparse.measure.engines.model import reference_model
@@ -154,7 +154,7 @@ class VllmWorker:
             found = Check("not_checked", f"not checked layer by layer: {self._ranks} ranks")
         else:
             arguments = (self._checkpoint.folder, self._variant, m)
-            checks = self._on_ranks(vllm_rank.check_linears, *arguments)[0]
+            checks = self._on_ranks(vllm_layers.check_linears, *arguments)[0]
             worst = verify.worst(checks)
             found = Check(worst.verified, f"{len(checks)} linears of a layer at M={m}: {worst.text}")
         step = self.prefill_steps(tokens[np.newaxis])[0] if phase == "prefill" else self.decode(tokens, 2)[1][-1]
