@@ -65,6 +65,7 @@ class VllmWorker:
         self._sizes: Counter[int] = Counter()
         self._watch_scheduler()
         self._on_ranks(vllm_rank.watch_graphs)
+        self._on_ranks(vllm_rank.split_as_without_large_graphs)
         self._startup_s = loaded[0] - opened
         self._compile_s = time.monotonic() - loaded[0]
 
