@@ -108,19 +108,20 @@ def test_the_cache_of_a_model_is_two_vectors_a_layer_and_head() -> None:
 
 
 def test_the_estimate_grows_with_what_it_is_made_of() -> None:
-    weights = int(2.8 * GIB)
+    weights = 1991 << 20
     base = memory.engine_bytes(BITNET_2B, REFERENCE_RUN, weights, sparse=False)
-    assert 15 * GIB < base < 30 * GIB
+    assert 18 * GIB < base < 21 * GIB, "seen on an H200: 18.1 GiB"
     assert memory.engine_bytes(BITNET_2B, REFERENCE_RUN, weights, sparse=True) > base
     small = Limits(((1, 512),), (64,), 16, 256)
-    assert memory.engine_bytes(BITNET_2B, small, weights, sparse=False) < base - 10 * GIB
+    assert memory.engine_bytes(BITNET_2B, small, weights, sparse=False) < base - 8 * GIB
     assert memory.engine_bytes(BITNET_2B, replace(REFERENCE_RUN, tensor_parallel=2), weights, sparse=False) < base
 
 
 def test_as_many_as_the_largest_allows_but_one_at_least() -> None:
-    assert memory.fit([10 * GIB, 20 * GIB], 100 * GIB) == 4
-    assert memory.fit([10 * GIB], 100 * GIB) == 9, "some stays free"
-    assert memory.fit([200 * GIB], 100 * GIB) == 1
+    assert memory.fit([10 * GIB, 20 * GIB], 0, 100 * GIB) == 4
+    assert memory.fit([10 * GIB], 0, 100 * GIB) == 9, "some stays free"
+    assert memory.fit([10 * GIB], 5 * GIB, 100 * GIB) == 8, "one of them runs a step"
+    assert memory.fit([200 * GIB], 0, 100 * GIB) == 1
 
 
 # -- what vLLM is told ---------------------------------------------------------------------------------

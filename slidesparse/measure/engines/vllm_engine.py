@@ -79,7 +79,8 @@ class VllmEngine:
         """By the largest of them, and the free memory of the fullest GPU."""
         devices = range(min(limits.tensor_parallel, torch.cuda.device_count()))
         free = min((torch.cuda.mem_get_info(device)[0] for device in devices), default=0)
-        return memory.fit([need(folder, limits) for folder in folders], free)
+        step = max(memory.step_bytes(memory.Widths.of(Checkpoint.open(folder).config), limits) for folder in folders)
+        return memory.fit([need(folder, limits) for folder in folders], step, free)
 
     def open(
         self, folder: Path, dtype: DType, variant: Variant, store: TuningStore | None, limits: Limits
@@ -138,7 +139,7 @@ def engine_arguments(checkpoint: Checkpoint, variant: Variant, tuning: Path | No
 
 
 def need(folder: Path, limits: Limits) -> int:
-    """Bytes of one rank of an engine on this checkpoint, from above."""
+    """Bytes of one rank of a waiting engine on this checkpoint, from above."""
     checkpoint = Checkpoint.open(folder)
     widths = memory.Widths.of(checkpoint.config)
     return memory.engine_bytes(widths, limits, memory.weight_bytes(folder), checkpoint.section is not None)

@@ -85,25 +85,32 @@ def cache_bytes(widths: Widths, limits: Limits) -> int:
 
 
 def engine_bytes(widths: Widths, limits: Limits, weights: int, sparse: bool) -> int:
-    """One rank of an engine, at its peak.
+    """One rank of an engine that waits for its turn: weights, cache, and what its CUDA graphs keep.
 
-    Activations count twice: CUDA graphs keep their own, beside those of a step that runs without. A layer's widest
-    moment is its largest linear: 8-bit input, 32-bit accumulator and 16-bit output, beside the residual stream. The
-    logits are bfloat16, float32 and the sampler's copy. The float32 reference of the logits check holds the embedding.
+    The logits are bfloat16, float32 and the sampler's copy. The float32 reference of the logits check, which runs as
+    soon as an engine is there, holds the embedding.
 
     Args:
         weights: bytes of the checkpoint's files.
         sparse: weights are lifted and packed at load.
     """
+    logits = sequences(limits) * widths.vocabulary * (BFLOAT16 + 2 * FLOAT32)
+    reference = widths.vocabulary * widths.hidden * FLOAT32 * (1 if widths.tied else 2)
+    loaded = int(weights * (LIFTED_LOAD if sparse else 1)) // limits.tensor_parallel
+    return loaded + cache_bytes(widths, limits) + step_bytes(widths, limits) + logits + reference + CONTEXT
+
+
+def step_bytes(widths: Widths, limits: Limits) -> int:
+    """Activations of the largest step on one rank, which the engine whose turn it is needs once more outside graphs.
+
+    A layer's widest moment is its largest linear: 8-bit input, 32-bit accumulator and 16-bit output, beside the
+    residual stream.
+    """
     ranks = limits.tensor_parallel
     qkv = (widths.heads + 2 * widths.kv_heads) * widths.head_dim
     widest = max(2 * widths.intermediate, qkv, widths.hidden) // ranks
     token = widest * (FLOAT32 + BFLOAT16) + 2 * widths.intermediate // ranks + 3 * widths.hidden * BFLOAT16
-    activations = 2 * step_tokens(limits) * token
-    logits = sequences(limits) * widths.vocabulary * (BFLOAT16 + 2 * FLOAT32)
-    reference = widths.vocabulary * widths.hidden * FLOAT32 * (1 if widths.tied else 2)
-    loaded = int(weights * (LIFTED_LOAD if sparse else 1)) // ranks
-    return loaded + cache_bytes(widths, limits) + activations + logits + reference + CONTEXT
+    return step_tokens(limits) * token
 
 
 def weight_bytes(folder: Path) -> int:
@@ -111,6 +118,6 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def fit(needs: list[int], free: int) -> int:
-    """How many engines of these needs fit into `free` bytes, whichever they are; at least 1."""
-    return max(1, int(free * SHARE_OF_FREE) // max(needs))
+def fit(needs: list[int], step: int, free: int) -> int:
+    """How many engines of these needs, whichever they are, fit into `free` bytes beside one `step`; at least 1."""
+    return max(1, (int(free * SHARE_OF_FREE) - step) // max(needs))
