@@ -111,6 +111,11 @@ def recipe_at(kind: str, m: int, before: BitNetOperation | None = None, bias: bo
     return _KINDS[kind].choose(before, bias, bucket(max(m, 1))).way.recipe
 
 
+def kinds() -> tuple[Kind, ...]:
+    """Everything prepared in this process."""
+    return tuple(_KINDS.values())
+
+
 def layers() -> dict[str, str]:
     """Layer -> kind, of everything prepared in this process."""
     return {layer: name for name, kind in _KINDS.items() for layer in kind.layers}

@@ -104,7 +104,7 @@ def _norm_of(model: Any, name: str) -> Any:
 @contextmanager
 def _uncounted() -> Iterator[None]:
     """What runs and is looked up inside the block is no part of the path that a step takes."""
-    kinds = list(linear_op._KINDS.values())
+    kinds = linear_op.kinds()
     calls = [kind.calls.copy() for kind in kinds]
     stores = {id(kind.recipe.store): kind.recipe.store for kind in kinds if isinstance(kind.recipe.store, TuningStore)}
     counts = {key: store.counts.copy() for key, store in stores.items()}

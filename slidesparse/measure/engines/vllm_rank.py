@@ -101,7 +101,7 @@ def what_runs(worker: Any) -> dict[str, Any]:
 
 def look_ups(worker: Any) -> str:
     """Summary of the tuning store that this rank's linears ask."""
-    stores = {id(kind.recipe.store): kind.recipe.store for kind in linear_op._KINDS.values()}
+    stores = {id(kind.recipe.store): kind.recipe.store for kind in linear_op.kinds()}
     summaries = [store.summary() for store in stores.values() if isinstance(store, TuningStore)]
     return " | ".join(summaries) or "no store"
 
