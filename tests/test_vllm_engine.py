@@ -110,8 +110,10 @@ def test_the_cache_of_a_model_is_two_vectors_a_layer_and_head() -> None:
 def test_the_estimate_grows_with_what_it_is_made_of() -> None:
     weights = 1991 << 20
     base = memory.engine_bytes(BITNET_2B, REFERENCE_RUN, weights, sparse=False)
-    assert 18 * GIB < base < 21 * GIB, "seen on an H200: 18.1 GiB"
-    assert memory.engine_bytes(BITNET_2B, REFERENCE_RUN, weights, sparse=True) > base
+    assert memory.engine_bytes(BITNET_2B, REFERENCE_RUN, weights, sparse=True) == base, "while it loads it has no cache"
+    heavy = 40 * GIB
+    assert memory.engine_bytes(BITNET_2B, REFERENCE_RUN, heavy, sparse=True) > 1.7 * heavy
+    assert 18.1 * GIB < base < 1.03 * 18.1 * GIB, "18.1 GiB an engine, four side by side on an H200"
     small = Limits(((1, 512),), (64,), 16, 256)
     assert memory.engine_bytes(BITNET_2B, small, weights, sparse=False) < base - 8 * GIB
     assert memory.engine_bytes(BITNET_2B, replace(REFERENCE_RUN, tensor_parallel=2), weights, sparse=False) < base
@@ -120,7 +122,7 @@ def test_the_estimate_grows_with_what_it_is_made_of() -> None:
 def test_as_many_as_the_largest_allows_but_one_at_least() -> None:
     assert memory.fit([10 * GIB, 20 * GIB], 0, 100 * GIB) == 4
     assert memory.fit([10 * GIB], 0, 100 * GIB) == 9, "some stays free"
-    assert memory.fit([10 * GIB], 5 * GIB, 100 * GIB) == 8, "one of them runs a step"
+    assert memory.fit([10 * GIB], 8 * GIB, 100 * GIB) == 8, "one of them runs a step"
     assert memory.fit([200 * GIB], 0, 100 * GIB) == 1
 
 

@@ -100,17 +100,25 @@ class Side:
     # -- its session -------------------------------------------------------------------------------------
 
     def open(self, runs_on: Engine, limits: Limits) -> Exception | None:
-        """Open the session and check its logits; the error, for `fail_pending`, if that did not work."""
+        """Open the session; the error, for `fail_pending`, if that did not work. Several sides may do so at once."""
         assert self._store is not None
         try:
             self.session = runs_on.open(self.folder, self.dtype, self.variant, self._store, limits)
+        except Exception as error:
+            return error
+        return None
+
+    def check_logits(self) -> None:
+        """Once after opening, one side at a time. Without an answer no cell can be recorded: they fail."""
+        assert self.session is not None
+        try:
             self._logits = self.session.check_logits(_check_prompts(self.session.vocabulary))
         except Exception as error:
             self.close()
-            return error
+            self.fail_pending(error)
+            return
         if not self._logits.ok:
             self._run.log.error("%s %s: check failed: %s", self._model, self.variant, self._logits.text)
-        return None
 
     def close(self) -> None:
         session, self.session = self.session, None

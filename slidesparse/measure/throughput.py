@@ -112,6 +112,9 @@ class _Model:
                 for side, error in zip(group, pool.map(lambda s: s.open(runs_on, limits), group), strict=True):
                     if error is not None:
                         side.fail_pending(error)
+            for side in group:
+                if side.session is not None:
+                    side.check_logits()
             self._bill(self._phases[0])
             for phase in self._phases:
                 for cells in _by_size(group, phase):

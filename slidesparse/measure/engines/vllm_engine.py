@@ -79,8 +79,8 @@ class VllmEngine:
         """By the largest of them, and the free memory of the fullest GPU."""
         devices = range(min(limits.tensor_parallel, torch.cuda.device_count()))
         free = min((torch.cuda.mem_get_info(device)[0] for device in devices), default=0)
-        step = max(memory.step_bytes(memory.Widths.of(Checkpoint.open(folder).config), limits) for folder in folders)
-        return memory.fit([need(folder, limits) for folder in folders], step, free)
+        turn = max(memory.turn_bytes(memory.Widths.of(Checkpoint.open(folder).config), limits) for folder in folders)
+        return memory.fit([need(folder, limits) for folder in folders], turn, free)
 
     def open(
         self, folder: Path, dtype: DType, variant: Variant, store: TuningStore | None, limits: Limits

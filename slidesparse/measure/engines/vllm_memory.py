@@ -18,9 +18,9 @@ CHECK_SEQUENCES, CHECK_POSITIONS = 16, 64
 """Room for prompts that are only checked, whatever the timed ones are."""
 LIFTED_LOAD = 1.7
 """Peak of a load over the bytes on disk: a sparse backend holds a weight dense and packed for a while."""
-CONTEXT = 1536 << 20
-"""CUDA context, libraries and their workspaces, NCCL."""
-SHARE_OF_FREE = 0.94
+CONTEXT = 2560 << 20
+"""CUDA context, libraries and their workspaces, NCCL, and what torch's allocator cannot hand out again."""
+SHARE_OF_FREE = 0.97
 """Of the free memory, what engines may be planned into."""
 
 
@@ -87,21 +87,26 @@ def cache_bytes(widths: Widths, limits: Limits) -> int:
 def engine_bytes(widths: Widths, limits: Limits, weights: int, sparse: bool) -> int:
     """One rank of an engine that waits for its turn: weights, cache, and what its CUDA graphs keep.
 
-    The logits are bfloat16, float32 and the sampler's copy. The float32 reference of the logits check, which runs as
-    soon as an engine is there, holds the embedding.
+    The logits are bfloat16, float32 and the sampler's copy. While weights are loaded there is no cache yet.
 
     Args:
         weights: bytes of the checkpoint's files.
         sparse: weights are lifted and packed at load.
     """
     logits = sequences(limits) * widths.vocabulary * (BFLOAT16 + 2 * FLOAT32)
+    own = weights // limits.tensor_parallel
+    loading = int(own * (LIFTED_LOAD if sparse else 1))
+    return CONTEXT + max(loading, own + cache_bytes(widths, limits) + step_bytes(widths, limits) + logits)
+
+
+def turn_bytes(widths: Widths, limits: Limits) -> int:
+    """What only the engine whose turn it is needs: a step outside graphs, or the float32 reference of its logits."""
     reference = widths.vocabulary * widths.hidden * FLOAT32 * (1 if widths.tied else 2)
-    loaded = int(weights * (LIFTED_LOAD if sparse else 1)) // limits.tensor_parallel
-    return loaded + cache_bytes(widths, limits) + step_bytes(widths, limits) + logits + reference + CONTEXT
+    return max(step_bytes(widths, limits), reference)
 
 
 def step_bytes(widths: Widths, limits: Limits) -> int:
-    """Activations of the largest step on one rank, which the engine whose turn it is needs once more outside graphs.
+    """Activations of the largest step on one rank.
 
     A layer's widest moment is its largest linear: 8-bit input, 32-bit accumulator and 16-bit output, beside the
     residual stream.
@@ -118,6 +123,6 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def fit(needs: list[int], step: int, free: int) -> int:
-    """How many engines of these needs, whichever they are, fit into `free` bytes beside one `step`; at least 1."""
-    return max(1, (int(free * SHARE_OF_FREE) - step) // max(needs))
+def fit(needs: list[int], turn: int, free: int) -> int:
+    """How many engines of these needs, whichever they are, fit into `free` bytes beside one `turn`; at least 1."""
+    return max(1, (int(free * SHARE_OF_FREE) - turn) // max(needs))
