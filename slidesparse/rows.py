@@ -201,6 +201,7 @@ class ThroughputRow(TimedRow):
     over_dense_low: float = UNMEASURED
     over_dense_high: float = UNMEASURED
     host_bound: bool = False
+    """A profiled step spends less than 0.9 of its time in GPU kernels. Steps that were not profiled are not marked."""
     startup_s: float = UNMEASURED
     """From the start of the engine's process to a model in memory; compilation and graph capture not counted."""
     compile_s: float = UNMEASURED

@@ -332,6 +332,8 @@ def test_steps_of_the_named_sizes_are_profiled(tmp_path: Path, fake: FakeEngine)
     assert set(frame["backend"]) == {"cpu_dense", "cpu_sparse"}
     dense = frame.query("backend == 'cpu_dense'").set_index("category")["us"]
     assert (dense["attention"], dense["idle"]) == (30.0, 10.0)
+    marks = table(run, "prefill").set_index("M_prefill")["host_bound"]
+    assert marks.to_dict() == {4: False, 16: True}, "30 us of kernels in a step of 16 ms; M=4 has no profile"
 
 
 # -- failures ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from slidesparse.kernels.verify import Check
 from slidesparse.measure.book import RowBook, reason_of
 from slidesparse.measure.engines.base import Engine, Limits, Session
 from slidesparse.measure.side_by_side import Measured, example_prompts, figures
-from slidesparse.measure.step_profile import step_rows
+from slidesparse.measure.step_profile import StepProfile, step_rows
 from slidesparse.measure.telemetry import Telemetry
 from slidesparse.plan import Phase, ThroughputCell, fingerprint
 from slidesparse.progress import Bar
@@ -28,6 +28,8 @@ from slidesparse.tuning.store import TuningStore
 
 STOCK, AUTO = "vllm", "auto"
 """The engine's own kernels; the engine's choice among all of ours. Neither is one backend's kernels."""
+GPU_BOUND = 0.9
+"""Share of a step's time that kernels run in, under which the step waits for the host: its ratios say little."""
 CHECK_PROMPTS, CHECK_LENGTH = 4, 12
 """The fixed prompts of the logits check: sequences and tokens each, drawn with CHECK_SEED."""
 CHECK_SEED = 1234
@@ -137,9 +139,15 @@ class Side:
     # -- its rows ----------------------------------------------------------------------------------------
 
     def record(
-        self, cell: ThroughputCell, measured: Measured, step: Check, watch: Telemetry, ratios: dict[str, float]
+        self,
+        cell: ThroughputCell,
+        measured: Measured,
+        step: Check,
+        watch: Telemetry,
+        ratios: dict[str, float],
+        profile: StepProfile | None,
     ) -> None:
-        """The row of a measured cell.
+        """The row of a measured cell; `profile`: of one of its steps, if there is one.
 
         Where the logits are wrong the figures stand, marked: the cell counts as failed, and its fingerprint is
         another, so that the next run measures it again.
@@ -160,6 +168,7 @@ class Side:
             "check": f"{self._logits.text}; {step.text}",
             "path": self.session.path(),
             "tuning": self.session.tuning(),
+            "host_bound": profile is not None and profile.busy_us < GPU_BOUND * columns["step_ms"] * 1e3,
         }
         if self._logits.ok:
             self._outcomes[cell.phase].ok += 1
@@ -171,16 +180,21 @@ class Side:
             }
         self._add(cell, columns)
 
-    def profile(self, cell: ThroughputCell, tensor_parallel: int) -> None:
-        """Rows of where one more step's time goes, if the engine can tell. An error is logged and costs no cell."""
+    def profile(self, cell: ThroughputCell, tensor_parallel: int) -> StepProfile | None:
+        """One more step, and the rows of where its time goes, if the engine can tell.
+
+        An error is logged and costs no cell.
+        """
         assert self.session is not None
+        if cell.m not in self._run.plan.profile.step_profiles.sizes(cell.phase):
+            return None
         path = self._run.tree.step_profile(cell.model, cell.dtype)
         try:
             found = self.session.profile_step(
                 example_prompts(self.session, cell, self._run.plan.profile.seed), cell.phase
             )
             if found is None:
-                return
+                return None
             stamp = self._run.stamp() | {
                 "fingerprint": self._prints[cell],
                 "engine": self._run.plan.profile.engine,
@@ -193,6 +207,8 @@ class Side:
             raise
         except Exception as error:
             self._run.log.error("%s: no profile of a step: %s", cell, reason_of(error), exc_info=error)
+            return None
+        return found
 
     def fail(self, cell: ThroughputCell, error: BaseException) -> None:
         """A failed row, if the cell was asked for. Raises a DiskError on: nothing more can be recorded."""

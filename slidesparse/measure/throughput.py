@@ -151,14 +151,12 @@ class _Model:
                 lost.fail(cells[lost.variant], failure.__cause__ or failure)
                 continue
             samples = {side: part.samples for side, part in zip(sides, measured, strict=True)}
+            ranks = self._run.plan.profile.vllm.tensor_parallel_size
             for side, part in zip(sides, measured, strict=True):
                 if side in wanted:
+                    cell = cells[side.variant]
                     ratios = _ratios(side, {"over_stock": stock, "over_dense": dense}, samples)
-                    side.record(cells[side.variant], part, checks[side], watch, ratios)
-            profile = self._run.plan.profile
-            for side in wanted:
-                if side in sides and cells[side.variant].m in profile.step_profiles.sizes(cells[side.variant].phase):
-                    side.profile(cells[side.variant], profile.vllm.tensor_parallel_size)
+                    side.record(cell, part, checks[side], watch, ratios, side.profile(cell, ranks))
             return
 
     def _bill(self, phase: Phase) -> None:
