@@ -210,6 +210,11 @@ class Backends(_Section):
     """Dense variants that only tasks 4 and 5 have: `vllm` (the engine's own kernels, untouched), `auto` (the fastest at
     hand for each shape and M, behind our fused kernels), `cutlass` (the engine's own GEMM behind them)."""
 
+    @property
+    def every(self) -> tuple[Backend, ...]:
+        """All of them, each once."""
+        return tuple(dict.fromkeys((*self.dense, *self.sparse, *self.end_to_end)))
+
 
 class Vllm(_Section):
     """How the vLLM engine is started."""
@@ -243,7 +248,7 @@ class Profile(_Section):
     @property
     def on_gpu(self) -> bool:
         """True when any of its backends runs on a GPU."""
-        return any(not name.startswith("cpu_") for name in (*self.backends.dense, *self.backends.sparse))
+        return any(not name.startswith("cpu_") for name in self.backends.every)
 
 
 class Bench(_Section):

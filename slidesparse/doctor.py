@@ -172,7 +172,7 @@ def _driver(machine: Machine, seen: Surroundings) -> Finding:
 
 
 def _libraries(plan: Plan, seen: Surroundings) -> Iterator[Finding]:
-    names = (*plan.profile.backends.dense, *plan.profile.backends.sparse)
+    names = plan.profile.backends.every
     wanted = {LIBRARY_OF[name] for name in names if name in LIBRARY_OF}
     cuda_torch = "make TORCH=cuda env" if seen.nvidia_gpus else "comes with the CUDA build of torch"
     for library in sorted(set(LIBRARY_OF.values())):
@@ -192,7 +192,7 @@ def _present(name: str, found: str, wanted: bool, advice: str) -> Finding:
 
 def _backends(plan: Plan, seen: Surroundings) -> Iterator[Finding]:
     profile = plan.profile
-    for name in dict.fromkeys((*profile.backends.dense, *profile.backends.sparse)):
+    for name in profile.backends.every:
         dtypes = (*profile.dtypes, *profile.kernel.float_dtypes)
         problems = {dtype: seen.backend_problems[name, dtype] for dtype in dtypes}
         yield _combined(f"backend {name}", {dtype.value: problem for dtype, problem in problems.items()})
@@ -302,7 +302,7 @@ def _in_the_way(plan: Plan, cell: Cell, machine: Machine, seen: Surroundings) ->
 
 
 def _wants_gpu(plan: Plan) -> bool:
-    names = (*plan.profile.backends.dense, *plan.profile.backends.sparse)
+    names = plan.profile.backends.every
     return plan.profile.engine == "vllm" or any(name in GPU_BACKENDS for name in names)
 
 

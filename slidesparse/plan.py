@@ -17,6 +17,8 @@ from slidesparse.pattern import Sparsity
 
 Stage = Literal["prepare", "convert", "tune", "prefill", "decode", "kernel", "linear", "calibrate"]
 Phase = Literal["prefill", "decode"]
+STOCK, AUTO = "vllm", "auto"
+"""Backends that only an engine has: its own kernels, untouched; its choice among all of ours."""
 SQUARE = "SQUARE"
 """Stands for a model's name where M = N = K, as in published files."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from slidesparse.dtypes import DType
 from slidesparse.errors import SlideSparseError, UnsupportedHere
 from slidesparse.files import existing_parent
-from slidesparse.kernels.backend import backend
+from slidesparse.kernels.backend import require
 from slidesparse.machine import Machine
 from slidesparse.measure.engines.base import engine
 from slidesparse.plan import Plan
@@ -57,7 +57,7 @@ def look(plan: Plan, machine: Machine) -> Surroundings:
     gpus, driver = _nvml()
     profile = plan.profile
     missing = tuple(model for model in profile.models if not _is_there(_source_folder(plan, model)))
-    names = (*profile.backends.dense, *profile.backends.sparse)
+    names = profile.backends.every
     dtypes = (*profile.dtypes, *profile.kernel.float_dtypes)
     return Surroundings(
         nvidia_gpus=gpus,
@@ -163,7 +163,7 @@ def _hub_problem() -> str:
 
 def _backend_problem(name: str, machine: Machine, dtype: DType) -> str:
     try:
-        backend(name).require(machine, dtype)
+        require(name, machine, dtype)
     except UnsupportedHere as error:
         return str(error)
     return ""

@@ -22,6 +22,7 @@ from slidesparse.kernels import reference, verify
 from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.machine import Machine
 from slidesparse.pattern import Sparsity
+from slidesparse.plan import AUTO, STOCK
 
 ActivationOperation = Literal["quantise", "quantise_lift", "dequantise_bias"]
 Encoder = Callable[
@@ -225,6 +226,20 @@ def source_hash(*modules: str) -> str:
 def named(algorithms: tuple[Algorithm, ...], name: str) -> Algorithm | None:
     """The algorithm of that name, if it is among the candidates."""
     return next((algorithm for algorithm in algorithms if algorithm.name == name), None)
+
+
+def require(name: str, machine: Machine, dtype: DType) -> None:
+    """Raises UnsupportedHere where this machine cannot run a backend of a profile on `dtype`.
+
+    Those that only an engine has run where any GPU backend of ours does: without FP8 tensor cores an engine would
+    compute something else (weights alone in FP8), which is no like for like.
+    """
+    if name in (STOCK, AUTO):
+        from slidesparse.kernels import gpu
+
+        gpu.require(name, machine, dtype)
+    else:
+        backend(name).require(machine, dtype)
 
 
 @lru_cache(maxsize=8)

@@ -13,21 +13,19 @@ from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.config import Stopping
 from slidesparse.errors import DiskError, UnsupportedHere, VerificationError
 from slidesparse.kernels import verify
-from slidesparse.kernels.backend import backend
+from slidesparse.kernels.backend import backend, require
 from slidesparse.kernels.verify import Check
 from slidesparse.measure.book import RowBook, reason_of
 from slidesparse.measure.engines.base import Engine, Limits, Session
 from slidesparse.measure.side_by_side import Measured, example_prompts, figures
 from slidesparse.measure.step_profile import StepProfile, step_rows
 from slidesparse.measure.telemetry import Telemetry
-from slidesparse.plan import Phase, ThroughputCell, fingerprint
+from slidesparse.plan import AUTO, STOCK, Phase, ThroughputCell, fingerprint
 from slidesparse.progress import Bar
 from slidesparse.rows import DecodeRow, PrefillRow, ThroughputRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.store import TuningStore
 
-STOCK, AUTO = "vllm", "auto"
-"""The engine's own kernels; the engine's choice among all of ours. Neither is one backend's kernels."""
 GPU_BOUND = 0.9
 """Share of a step's time that kernels run in, under which the step waits for the host: its ratios say little."""
 CHECK_PROMPTS, CHECK_LENGTH = 4, 12
@@ -68,10 +66,10 @@ class Side:
         """Work out what is pending. False where nothing of this variant can run: its rows say why."""
         try:
             self._store = TuningStore.open(self._run.tree.tuning_store)
+            require(self.variant.backend, self._run.machine, self.dtype)
             families = self._store.families
             if self.variant.backend not in (STOCK, AUTO):
                 kernels = backend(self.variant.backend)
-                kernels.require(self._run.machine, self.dtype)
                 families = {kernels.name, kernels.activations.name, kernels.activations.norm_family}
             source = Checkpoint.open(self.folder).fingerprint()
         except UnsupportedHere as error:

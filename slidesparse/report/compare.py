@@ -17,13 +17,11 @@ import pandas as pd
 from slidesparse.config import Profile, Stopping
 from slidesparse.measure.statistics import Interval, unpaired_ratio
 from slidesparse.pattern import Sparsity
-from slidesparse.plan import Phase, throughput_cells
+from slidesparse.plan import STOCK, Phase, throughput_cells
 from slidesparse.report.collect import PHASES, Records
 
 Verdict = Literal["faster", "slower", "no difference shown", "no interval"]
 CHECKED = ("exact", "within_bound")
-STOCK = "vllm"
-"""The engine's own kernels: base of ratios of their own, and of those to dense only if there is no other dense side."""
 LINEAR = "linear"
 KINDS = (*PHASES, LINEAR, "kernel")
 """What speed-ups are of, as sections and conclusions order it."""

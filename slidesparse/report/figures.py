@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from slidesparse.files import write_text
-from slidesparse.plan import SQUARE
+from slidesparse.plan import SQUARE, STOCK
 from slidesparse.report import compare, step_figure, steps
 from slidesparse.report.profiled import profiled
 from slidesparse.report.view import View, figure_name, ratio_name
@@ -81,7 +81,7 @@ def _over_both(stock: pd.DataFrame, dense: pd.DataFrame) -> list[Panel]:
     """Over the engine's own kernels, where that was measured, and over dense."""
     panels = []
     if len(stock):
-        panels.append(Panel(f"against stock ({compare.STOCK})", stock, "stock time / time", bounds=False))
+        panels.append(Panel(f"against stock ({STOCK})", stock, "stock time / time", bounds=False))
     if len(dense):
         panels.append(Panel(f"against {dense['baseline'].iloc[0]}" if panels else "", dense))
     return panels

@@ -8,9 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from slidesparse.files import write_text
+from slidesparse.plan import STOCK
 from slidesparse.report import (
     calibration,
-    compare,
     comparison,
     conclusions,
     figures,
@@ -55,7 +55,7 @@ def render_report(tree: ResultTree, others: Sequence[Path] = ()) -> Path:
         figures={name: (tree.figures / name).relative_to(tree.root).as_posix() for name in drawn},
         legend=views.LEGEND,
         marks=views,
-        STOCK=compare.STOCK,
+        STOCK=STOCK,
         overview=overview,
         models=models,
         phases=[throughput.phase_section(view, "prefill"), throughput.phase_section(view, "decode")],

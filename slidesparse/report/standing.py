@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from slidesparse.plan import STOCK
 from slidesparse.report import compare
 from slidesparse.report.markdown import fixed
 from slidesparse.report.view import View
@@ -41,7 +42,7 @@ def standing(view: View, stock: pd.DataFrame, dense: pd.DataFrame, emulation: bo
 
 def stock_itself(backend: str, sparsity: str) -> bool:
     """Is it the engine's own kernels?"""
-    return backend == compare.STOCK and not sparsity
+    return backend == STOCK and not sparsity
 
 
 def against(rows: pd.DataFrame, name: str, every: Sequence[int], emulation: bool) -> str:

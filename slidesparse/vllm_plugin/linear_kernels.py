@@ -33,11 +33,12 @@ from slidesparse.kernels.backend import backend
 from slidesparse.machine import detect
 from slidesparse.measure.clocks import clock_of
 from slidesparse.pattern import Sparsity
+from slidesparse.plan import AUTO
 from slidesparse.tuning.store import TuningStore
 from slidesparse.vllm_plugin import linear_op
 from slidesparse.vllm_plugin.auto import Auto, at_hand, default_sizes
 from slidesparse.vllm_plugin.fused import BEFORE, KIND
-from slidesparse.vllm_plugin.settings import AUTO, Selection, select
+from slidesparse.vllm_plugin.settings import Selection, select
 from slidesparse.vllm_plugin.shards import require_whole_groups
 
 

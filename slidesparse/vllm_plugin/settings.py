@@ -17,12 +17,8 @@ from slidesparse.checkpoint.section import SECTION, parse_section
 from slidesparse.config import Pattern, Positive
 from slidesparse.errors import CheckpointError, ConfigError
 from slidesparse.kernels.backend import backend
-from slidesparse.plan import Variant
+from slidesparse.plan import AUTO, STOCK, Variant
 
-STOCK = "vllm"
-"""The backend that leaves vLLM's own kernels in place."""
-AUTO = "auto"
-"""The backend that chooses from the others (`vllm_plugin.auto`)."""
 DEFAULT_SPARSE = "cusparselt"
 """Runs a checkpoint that has a `slidesparse` section when nothing else is said."""
 

@@ -26,9 +26,8 @@ from slidesparse.measure.engines.base import DecodeResult, Limits, StepResult
 from slidesparse.measure.engines.model import require_fits
 from slidesparse.measure.engines.process import ChildProcess
 from slidesparse.measure.step_profile import StepProfile
-from slidesparse.plan import Phase, Variant
+from slidesparse.plan import STOCK, Phase, Variant
 from slidesparse.tuning.store import TuningStore
-from slidesparse.vllm_plugin.settings import STOCK
 from slidesparse.vllm_plugin.versions import unsupported
 
 WORKER = "slidesparse.measure.engines.vllm_worker:VllmWorker"

@@ -22,11 +22,10 @@ from slidesparse.kernels.verify_normed import ExpectedNormed
 from slidesparse.measure.engines.model import plain_codes
 from slidesparse.measure.engines.stock_check import check_stock
 from slidesparse.pattern import Sparsity
-from slidesparse.plan import Variant
+from slidesparse.plan import STOCK, Variant
 from slidesparse.tuning.store import TuningStore
 from slidesparse.vllm_plugin import fused, linear_op
 from slidesparse.vllm_plugin.buckets import bucket
-from slidesparse.vllm_plugin.settings import STOCK
 
 CHECKED_ROWS = 8
 """Tokens of a step whose layer outputs are compared with the reference, spread over the step."""
