@@ -42,12 +42,17 @@ class Machine:
     @property
     def tag(self) -> str:
         """`{GPU}_cc{CC}_py{XY}_cu{XYZ}_{arch}`; without a GPU its place holds `CPU-{model}` and cc and cu are 0."""
+        return self.tag_of(1)
+
+    def tag_of(self, ranks: int) -> str:
+        """The tag of runs that split a model over `ranks` GPUs: `H200x2_cc90_...`. Their figures are another machine's."""
         python = "".join(self.python.split(".")[:2])
         cuda = self.cuda.replace(".", "") or "0"
         if self.gpu is None:
             return f"CPU-{_slug(self.cpu)}_cc0_py{python}_cu0_{self.arch}"
         major, minor = self.gpu.compute_capability
-        return f"{_slug(self.gpu.name)}_cc{major}{minor}_py{python}_cu{cuda}_{self.arch}"
+        times = "" if ranks == 1 else f"x{ranks}"
+        return f"{_slug(self.gpu.name)}{times}_cc{major}{minor}_py{python}_cu{cuda}_{self.arch}"
 
     def supports_fp8(self) -> bool:
         """FP8 tensor cores: compute capability 8.9 and later. The CPU emulates both types."""

@@ -40,7 +40,7 @@ RunTasks = Callable[[Run, Sequence[Task]], list[Outcome]]
 
 def result_tree(plan: Plan) -> ResultTree:
     """`reports/{tag}` of this machine."""
-    tag = machine.detect().tag
+    tag = machine.detect().tag_of(plan.profile.vllm.tensor_parallel_size)
     return ResultTree(plan.reports_folder / tag, tag)
 
 

@@ -41,6 +41,12 @@ def test_gpu_tag(name: str, capability: tuple[int, int], arch: str, tag: str) ->
     assert gpu_machine(name, capability, arch=arch).tag == tag
 
 
+def test_two_ranks_are_another_machine() -> None:
+    one = gpu_machine("NVIDIA H200", (9, 0))
+    assert one.tag_of(1) == one.tag
+    assert one.tag_of(2) == one.tag.replace("H200_", "H200x2_")
+
+
 @pytest.mark.parametrize(
     ("cpu", "slug"),
     [
