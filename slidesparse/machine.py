@@ -45,7 +45,7 @@ class Machine:
         return self.tag_of(1)
 
     def tag_of(self, ranks: int) -> str:
-        """The tag of runs that split a model over `ranks` GPUs: `H200x2_cc90_...`. Their figures are another machine's."""
+        """The tag of runs that split a model over `ranks` GPUs, `H200x2_cc90_...`: figures of another machine."""
         python = "".join(self.python.split(".")[:2])
         cuda = self.cuda.replace(".", "") or "0"
         if self.gpu is None:
