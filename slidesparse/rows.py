@@ -192,6 +192,8 @@ class ThroughputRow(TimedRow):
     """Generated tokens alone."""
     steady_tokens_per_s: float = UNMEASURED
     """Decode: generated tokens over decode-step time, prefill left out. Prefill: prompt tokens alone."""
+    greedy_tokens: str = ""
+    """What the engine says after four fixed prompts: tokens of each, `1 2 3 / 4 5 6`."""
     over_stock: float = UNMEASURED
     """Median of the paired ratios: seconds of a step with the engine's own kernels / with this row's, interleaved."""
     over_stock_low: float = UNMEASURED

@@ -173,6 +173,7 @@ def test_prefill_figures_follow_the_definition(tmp_path: Path, fake: FakeEngine)
     assert (row["stop"], row["passes"], row["samples"]) == ("interval", 1, 2)
     assert (row["verified"], row["check"]) == ("within_bound", "logits fine; layers fine")
     assert (row["path"], row["emulation"]) == ("fake path", True)
+    assert row["greedy_tokens"] == " / ".join(["0 0 0 0 0 0 0 0"] * 4)
     assert (row["startup_s"], row["compile_s"], row["over_stock"], row["over_dense"]) == (0.25, 0.5, -1, -1)
 
 

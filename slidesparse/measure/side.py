@@ -31,6 +31,8 @@ GPU_BOUND = 0.9
 CHECK_PROMPTS, CHECK_LENGTH = 4, 12
 """The fixed prompts of the logits check: sequences and tokens each, drawn with CHECK_SEED."""
 CHECK_SEED = 1234
+SHOWN_TOKENS = 8
+"""Greedy tokens after each of these prompts that the rows carry: to be compared between runs, on two ranks say."""
 ROWS: dict[Phase, type[ThroughputRow]] = {"prefill": PrefillRow, "decode": DecodeRow}
 
 
@@ -53,6 +55,7 @@ class Side:
         self._store: TuningStore | None = None
         self.session: Session | None = None
         self._logits = Check("not_checked", "")
+        self._tokens = ""
 
     @property
     def stock(self) -> bool:
@@ -112,7 +115,10 @@ class Side:
         """Once after opening, one side at a time. Without an answer no cell can be recorded: they fail."""
         assert self.session is not None
         try:
-            self._logits = self.session.check_logits(_check_prompts(self.session.vocabulary))
+            prompts = _check_prompts(self.session.vocabulary)
+            self._logits = self.session.check_logits(prompts)
+            tokens = self.session.decode(prompts, SHOWN_TOKENS).tokens
+            self._tokens = " / ".join(" ".join(map(str, sequence)) for sequence in tokens.tolist())
         except Exception as error:
             self.close()
             self.fail_pending(error)
@@ -164,6 +170,7 @@ class Side:
             "measure_s": measured.samples.measure_s,
             "verified": verify.worst((self._logits, step)).verified,
             "check": f"{self._logits.text}; {step.text}",
+            "greedy_tokens": self._tokens,
             "path": self.session.path(),
             "tuning": self.session.tuning(),
             "host_bound": profile is not None and profile.busy_us < GPU_BOUND * columns["step_ms"] * 1e3,
