@@ -77,7 +77,8 @@ def test_steps_are_those_of_the_profile(text: str) -> None:
     assert titles == [
         f"{phase} step, BitNet-2B {dtype}, M={m}"
         for dtype in ("INT8", "FP8E4M3")
-        for phase, m in (("Prefill", "1,024"), ("Prefill", "16,384"), ("Decode", "64"), ("Decode", "512"))
+        for phase, sizes in (("Prefill", ("512", "1,024", "2,048", "16,384")), ("Decode", ("64", "512")))
+        for m in sizes
     ]
 
 

@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from slidesparse.errors import SlideSparseError
 
@@ -48,8 +48,8 @@ def _serve(connection: Connection) -> bool:
     while True:
         try:
             method, arguments = connection.recv()
-        except EOFError:
-            return True
+        except EOFError:  # the parent is gone; leaving by ourselves would race with `_die_with_parent`
+            _end_group()
         answer: tuple[Any, ...]
         try:
             answer = ("ok", getattr(target, method)(*arguments))
@@ -66,7 +66,13 @@ def _die_with_parent(lifeline: int) -> None:
     NOTE: PR_SET_PDEATHSIG would fire when the *thread* ends that started this process, which pools do all the time.
     """
     os.read(lifeline, 1)
+    _end_group()
+
+
+def _end_group() -> NoReturn:
+    """This process and its own children, which ranks of an engine are."""
     os.killpg(os.getpgrp(), signal.SIGKILL)
+    raise AssertionError("unreachable")
 
 
 def _failure(error: BaseException) -> tuple[str, str, str, str]:
