@@ -211,6 +211,7 @@ class ThroughputRow(TimedRow):
     warmup_s: float = UNMEASURED
     measure_s: float = UNMEASURED
     peak_rss_mib: float = UNMEASURED
+    """Of an engine in the process that measures; -1 for one in a process of its own."""
     tuning: str = ""
     """Look-ups of the tuning store: `hits 8, nearest 2, missed 0, stale 0`."""
 

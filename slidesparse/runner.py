@@ -75,9 +75,6 @@ def run_tasks(run: Run, tasks: Iterable[Task]) -> int:
 
 def _run_group(run: Run, tasks: list[Task], status: _Status) -> bool:
     """Run one task, or several together. True if anything failed."""
-    for task in tasks:
-        run.log.info("task %d %s: %d cells", task.number, task.name, len(task.cells))
-        status.update(task, "running")
     started = time.monotonic()
 
     def ended(word: str, note: str) -> None:
@@ -86,6 +83,9 @@ def _run_group(run: Run, tasks: list[Task], status: _Status) -> bool:
             status.try_update(task, word, time.monotonic() - started, note)
 
     try:
+        for task in tasks:
+            run.log.info("task %d %s: %d cells", task.number, task.name, len(task.cells))
+            status.update(task, "running")
         outcomes = _stage(tasks[0].stage)(run, tasks)
     except KeyboardInterrupt:
         ended("interrupted", "interrupted; run again to resume")

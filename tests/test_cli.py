@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -202,6 +203,22 @@ def test_all_cells_skipped_is_not_a_failure(monkeypatch: pytest.MonkeyPatch, tmp
     code, tasks = run_with(monkeypatch, tmp_path, lambda run, task: Outcome(skipped=2, notes=["no GPU"]))
     assert code == 0
     assert {task["status"] for task in tasks} == {"skipped"}
+
+
+def test_an_interrupt_before_the_stage_begins_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It comes just after the status file says `running`."""
+    genuine = runner._Status.update
+
+    def interrupted(self: Any, task: Task, status: str, *others: Any, **named: Any) -> None:
+        genuine(self, task, status, *others, **named)
+        if status == "running":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner._Status, "update", interrupted)
+    run = small_run(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_tasks(run, run.plan.tasks)
+    assert files.read_json(run.tree.status)["tasks"][0]["status"] == "interrupted"
 
 
 def test_a_full_disk_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

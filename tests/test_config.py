@@ -168,7 +168,9 @@ def test_odd_yaml_is_one_line(tmp_path: Path, text: str) -> None:
 
 def test_unknown_profile_lists_those_that_exist() -> None:
     bench = load_bench(ROOT / "bench.yaml")
-    with pytest.raises(ConfigError, match=r"unknown profile 'fast'; bench.yaml has: smoke, bitnet-2b, kernels, bitnet-2b-tp2, paper"):
+    with pytest.raises(
+        ConfigError, match=r"unknown profile 'fast'; bench.yaml has: smoke, bitnet-2b, kernels, bitnet-2b-tp2, paper"
+    ):
         bench.profile("fast")
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -43,6 +44,7 @@ class FakeSession:
     startup_s = 0.25
     compile_s = 0.5
     lead_in = 0
+    own_process = False
 
     def __init__(self) -> None:
         self.prompts: list[torch.Tensor] = []
@@ -304,6 +306,21 @@ def test_a_missing_cell_is_measured_beside_its_reference_whose_row_stays(tmp_pat
     pd.testing.assert_frame_equal(table(run, "prefill", DENSE), before)
 
 
+def test_all_that_fit_stand_side_by_side(tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for just the two that there are: one group, not the reference alone and then both."""
+    groups: list[list[Variant]] = []
+    genuine = throughput._Model._measure_group
+
+    def noted(self: Any, group: list[Any], *others: Any) -> None:
+        groups.append([side.variant for side in group])
+        genuine(self, group, *others)
+
+    monkeypatch.setattr(throughput._Model, "_measure_group", noted)
+    fake.room = 2
+    measure(small_run(tmp_path, dtypes=["INT8"]), "prefill")
+    assert groups == [[DENSE, SPARSE]]
+
+
 def test_one_that_fails_does_not_stop_those_beside_it(
     tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +352,13 @@ def test_steps_of_the_named_sizes_are_profiled(tmp_path: Path, fake: FakeEngine)
     assert (dense["attention"], dense["idle"]) == (30.0, 10.0)
     marks = table(run, "prefill").set_index("M_prefill")["host_bound"]
     assert marks.to_dict() == {4: False, 16: True}, "30 us of kernels in a step of 16 ms; M=4 has no profile"
+
+
+def test_a_step_profile_asked_for_later_is_made(tmp_path: Path, fake: FakeEngine) -> None:
+    measure(small_run(tmp_path, dtypes=["INT8"]), "prefill")
+    run = small_run(tmp_path, "run2", dtypes=["INT8"], step_profiles={"prefill_m": [16], "decode_m": []})
+    assert measure(run, "prefill").done_before == 2, "the cells of M = 4"
+    assert set(records.read(run.tree.step_profile(MODEL, DType.INT8))["M"]) == {16}
 
 
 # -- failures ------------------------------------------------------------------------------------------
@@ -373,6 +397,24 @@ def test_a_variant_with_wrong_logits_is_measured_but_marked(tmp_path: Path, fake
     fake.settings.clear()
     again = measure(run, "decode")
     assert (again.ok, again.done_before) == (4, 0), "a marked cell is not done"
+
+
+def test_what_could_not_be_compared_is_no_failure(tmp_path: Path, fake: FakeEngine) -> None:
+    """As on several ranks, whose layers are not looked at."""
+    fake.settings["logits"] = Check("not_checked", "no reference fits")
+    run = small_run(tmp_path, dtypes=["INT8"])
+    outcome = measure(run, "prefill")
+    assert (outcome.ok, outcome.failed) == (4, 0)
+    row = table(run, "prefill").iloc[0]
+    assert (row["status"], row["verified"]) == ("ok", "not_checked")
+
+
+def test_no_variant_loads(tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object) -> FakeSession:
+        raise MemoryError("model too large")
+
+    monkeypatch.setattr(fake, "open", fails)
+    assert measure(small_run(tmp_path), "prefill").failed == 8
 
 
 def test_steps_that_hold_other_tokens_than_the_cell_are_no_result(tmp_path: Path, fake: FakeEngine) -> None:

@@ -33,6 +33,11 @@ class Check:
     def ok(self) -> bool:
         return self.verified in ("exact", "within_bound")
 
+    @property
+    def wrong(self) -> bool:
+        """It was compared and differs; what could not be compared is neither `ok` nor `wrong`."""
+        return self.verified == "failed"
+
 
 def worst(checks: Iterable[Check]) -> Check:
     """The least trusted of several checks (of two equal ones the first)."""

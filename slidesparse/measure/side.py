@@ -16,13 +16,13 @@ from slidesparse.kernels import verify
 from slidesparse.kernels.backend import backend, require
 from slidesparse.kernels.verify import Check
 from slidesparse.measure.book import RowBook, reason_of
-from slidesparse.measure.engines.base import Engine, Limits, Session
+from slidesparse.measure.engines.base import PROFILED_DECODE_STEP, Engine, Limits, Session
 from slidesparse.measure.side_by_side import Measured, example_prompts, figures
 from slidesparse.measure.step_profile import StepProfile, step_rows
 from slidesparse.measure.telemetry import Telemetry
 from slidesparse.plan import AUTO, STOCK, Phase, ThroughputCell, fingerprint
 from slidesparse.progress import Bar
-from slidesparse.rows import DecodeRow, PrefillRow, ThroughputRow
+from slidesparse.rows import UNMEASURED, DecodeRow, PrefillRow, ThroughputRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.store import TuningStore
 
@@ -87,7 +87,10 @@ class Side:
         tuned = "" if self.stock else self._store.digest(families, self.dtype)
         for cell in self.cells:
             conditions = (self.stopping(cell.phase), self._run.plan.profile.seed, source, runs_on.name)
-            self._prints[cell] = fingerprint(cell, *conditions, runs_on.versions(), tuned, limits.tensor_parallel)
+            profiled = ("step profile",) if self._profiled(cell) else ()
+            self._prints[cell] = fingerprint(
+                cell, *conditions, runs_on.versions(), tuned, limits.tensor_parallel, *profiled
+            )
             if self._books[cell.phase].done(_key(cell), self._prints[cell]):
                 self._outcomes[cell.phase].ok += 1
                 self._outcomes[cell.phase].done_before += 1
@@ -99,6 +102,9 @@ class Side:
     def stopping(self, phase: Phase) -> Stopping:
         profile = self._run.plan.profile
         return profile.prefill.stopping if phase == "prefill" else profile.decode.stopping
+
+    def pending_in(self, phase: Phase) -> bool:
+        return any(cell.phase == phase for cell in self.pending)
 
     # -- its session -------------------------------------------------------------------------------------
 
@@ -123,7 +129,7 @@ class Side:
             self.close()
             self.fail_pending(error)
             return
-        if not self._logits.ok:
+        if self._logits.wrong:
             self._run.log.error("%s %s: check failed: %s", self._model, self.variant, self._logits.text)
 
     def close(self) -> None:
@@ -132,26 +138,23 @@ class Side:
             session.close()
 
     def check(self, cell: ThroughputCell) -> Check:
-        """One step of the cell's size, its layers compared. Raises VerificationError; what the session raises."""
+        """One step of the cell's size, its layers compared where the engine can.
+
+        Raises VerificationError where they differ; what the session raises.
+        """
         assert self.session is not None
         self.session.begin()
         found = self.session.check_step(example_prompts(self.session, cell, self._run.plan.profile.seed), cell.phase)
-        if not found.ok:
+        if found.wrong:
             raise VerificationError(f"check failed: {found.text}")
         return found
 
     # -- its rows ----------------------------------------------------------------------------------------
 
     def record(
-        self,
-        cell: ThroughputCell,
-        measured: Measured,
-        step: Check,
-        watch: Telemetry,
-        ratios: dict[str, float],
-        profile: StepProfile | None,
+        self, cell: ThroughputCell, measured: Measured, step: Check, watch: Telemetry, ratios: dict[str, float]
     ) -> None:
-        """The row of a measured cell; `profile`: of one of its steps, if there is one.
+        """The row of a measured cell, and the profile of one more of its steps where the plan names its size.
 
         Where the logits are wrong the figures stand, marked: the cell counts as failed, and its fingerprint is
         another, so that the next run measures it again.
@@ -159,11 +162,14 @@ class Side:
         assert self.session is not None
         try:
             columns = self._columns(cell) | figures(cell, measured) | watch.columns() | ratios
-        except VerificationError as error:
+            columns |= {"path": self.session.path(), "tuning": self.session.tuning()}
+        except Exception as error:
             self.fail(cell, error)
             return
+        # Last of what is asked of the session: a profiler that takes it along costs no figure.
+        profile = self._profile(cell, columns["path"]) if self._profiled(cell) else None
         columns |= {
-            "peak_rss_mib": watch.peak_rss_mib,
+            "peak_rss_mib": UNMEASURED if self.session.own_process else watch.peak_rss_mib,
             "startup_s": self.session.startup_s,
             "compile_s": self.session.compile_s,
             "warmup_s": measured.samples.warmup_s,
@@ -171,43 +177,37 @@ class Side:
             "verified": verify.worst((self._logits, step)).verified,
             "check": f"{self._logits.text}; {step.text}",
             "greedy_tokens": self._tokens,
-            "path": self.session.path(),
-            "tuning": self.session.tuning(),
             "host_bound": profile is not None and profile.busy_us < GPU_BOUND * columns["step_ms"] * 1e3,
         }
-        if self._logits.ok:
-            self._outcomes[cell.phase].ok += 1
-        else:
+        if self._logits.wrong:
             self._outcomes[cell.phase].failed += 1
             columns |= {
                 "reason": f"check failed: {self._logits.text}",
                 "fingerprint": fingerprint(self._prints[cell], "check failed"),
             }
+        else:
+            self._outcomes[cell.phase].ok += 1
         self._add(cell, columns)
 
-    def profile(self, cell: ThroughputCell, tensor_parallel: int) -> StepProfile | None:
+    def _profiled(self, cell: ThroughputCell) -> bool:
+        return cell.m in self._run.plan.profile.step_profiles.sizes(cell.phase)
+
+    def _profile(self, cell: ThroughputCell, path: str) -> StepProfile | None:
         """One more step, and the rows of where its time goes, if the engine can tell.
 
         An error is logged and costs no cell.
         """
         assert self.session is not None
-        if cell.m not in self._run.plan.profile.step_profiles.sizes(cell.phase):
-            return None
-        path = self._run.tree.step_profile(cell.model, cell.dtype)
+        profile = self._run.plan.profile
         try:
-            found = self.session.profile_step(
-                example_prompts(self.session, cell, self._run.plan.profile.seed), cell.phase
-            )
+            found = self.session.profile_step(example_prompts(self.session, cell, profile.seed), cell.phase)
             if found is None:
                 return None
-            stamp = self._run.stamp() | {
-                "fingerprint": self._prints[cell],
-                "engine": self._run.plan.profile.engine,
-                "path": self.session.path(),
-            }
-            context = cell.prompt_len + (cell.phase == "decode")
-            model = self._run.plan.bench.models[cell.model]
-            records.append(path, step_rows(found, cell, model, context, stamp, tensor_parallel))
+            stamp = self._run.stamp() | {"fingerprint": self._prints[cell], "engine": profile.engine, "path": path}
+            context = cell.prompt_len + (PROFILED_DECODE_STEP if cell.phase == "decode" else 0)
+            model, ranks = self._run.plan.bench.models[cell.model], profile.vllm.tensor_parallel_size
+            rows = step_rows(found, cell, model, context, stamp, ranks)
+            records.append(self._run.tree.step_profile(cell.model, cell.dtype), rows)
         except DiskError:
             raise
         except Exception as error:
@@ -219,9 +219,9 @@ class Side:
         """A failed row, if the cell was asked for. Raises a DiskError on: nothing more can be recorded."""
         if isinstance(error, DiskError):
             raise error
-        if cell not in self.pending:
-            return
         self._run.log.error("%s: %s", cell, reason_of(error), exc_info=error)
+        if cell not in self.pending:  # it ran beside others alone, whose rows now lack a ratio
+            return
         self._outcomes[cell.phase].failed += 1
         columns = self._columns(cell) | {"status": "failed", "reason": reason_of(error)}
         if isinstance(error, VerificationError):
@@ -229,6 +229,10 @@ class Side:
         self._add(cell, columns)
 
     def fail_pending(self, error: Exception) -> None:
+        if not self.pending:
+            self._run.log.error(
+                "%s %s: nothing is compared with it: %s", self._model, self.variant, reason_of(error), exc_info=error
+            )
         for cell in self.pending:
             self.fail(cell, error)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import groupby
+from threading import Thread
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere
@@ -98,24 +98,26 @@ class _Model:
         if not pending:
             return []
         references = [side for side in sides if side in (first(sides, True), first(sides, False))]
-        room = runs_on.together([side.folder for side in sides], limits, self._run.machine)
+        others = [side for side in pending if side not in references]
+        needed = references + others
+        room = runs_on.together([side.folder for side in needed], limits, self._run.machine)
         room = min(room, self._run.plan.profile.vllm.together or room)
+        if len(needed) <= room:
+            return [needed]
         if room <= len(references):
             return [[side] for side in pending]
-        others = [side for side in pending if side not in references]
         step = room - len(references)
-        return [references + others[i : i + step] for i in range(0, len(others), step)] or [references]
+        return [references + others[i : i + step] for i in range(0, len(others), step)]
 
     def _measure_group(self, group: list[Side], runs_on: Engine, limits: Limits) -> None:
+        starting = next(phase for phase in self._phases if any(side.pending_in(phase) for side in group))
         try:
-            with ThreadPoolExecutor(max_workers=len(group)) as pool:
-                for side, error in zip(group, pool.map(lambda s: s.open(runs_on, limits), group), strict=True):
-                    if error is not None:
-                        side.fail_pending(error)
+            for side, error in _open(group, runs_on, limits).items():
+                side.fail_pending(error)
             for side in group:
                 if side.session is not None:
                     side.check_logits()
-            self._bill(self._phases[0])
+            self._bill(starting)
             for phase in self._phases:
                 for cells in _by_size(group, phase):
                     self._measure_size(group, cells)
@@ -151,20 +153,38 @@ class _Model:
                 lost.fail(cells[lost.variant], failure.__cause__ or failure)
                 continue
             samples = {side: part.samples for side, part in zip(sides, measured, strict=True)}
-            ranks = self._run.plan.profile.vllm.tensor_parallel_size
             for side, part in zip(sides, measured, strict=True):
                 if side in wanted:
-                    cell = cells[side.variant]
                     ratios = _ratios(side, {"over_stock": stock, "over_dense": dense}, samples)
-                    side.record(cell, part, checks[side], watch, ratios, side.profile(cell, ranks))
+                    side.record(cells[side.variant], part, checks[side], watch, ratios)
             return
 
     def _bill(self, phase: Phase) -> None:
-        """The time since the last call goes to this phase; starting engines counts as the first phase's."""
+        """The time since the last call goes to this phase; starting engines counts as the first pending phase's."""
         now = time.monotonic()
         outcome = self._outcomes[phase]
         outcome.seconds = (outcome.seconds or 0.0) + now - self._since
         self._since = now
+
+
+def _open(group: list[Side], runs_on: Engine, limits: Limits) -> dict[Side, Exception]:
+    """Open all sessions at once, each in a thread. Returns what went wrong.
+
+    The threads are daemons: Ctrl-C need not wait for engines that are starting, which end with this process.
+    """
+    errors: dict[Side, Exception] = {}
+
+    def open_one(side: Side) -> None:
+        error = side.open(runs_on, limits)
+        if error is not None:
+            errors[side] = error
+
+    threads = [Thread(target=open_one, args=(side,), daemon=True) for side in group]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
 
 
 def _ratios(side: Side, references: dict[str, Side | None], samples: dict[Side, Samples]) -> dict[str, float]:

@@ -128,7 +128,8 @@ def over_stock(records: Records) -> pd.DataFrame:
         for group in _groups(records, phase):
             twins = _dense_rows(group, STOCK)
             for _, row in group[group["over_stock"] > 0].iterrows():
-                twin = twins.loc[row["m"]] if row["m"] in twins.index else row
+                # Without a row of the engine's own nothing says that it was checked.
+                twin = twins.loc[row["m"]] if row["m"] in twins.index else row.where(row.index != "checked", False)
                 rows.append(_place(phase, row) | _shared(row, twin, STOCK, int(row["m"])) | paired(row, "over_stock"))
     return pd.DataFrame(rows, columns=list(SPEEDUP_COLUMNS))
 

@@ -17,6 +17,9 @@ from slidesparse.measure.step_profile import StepProfile
 from slidesparse.plan import Phase, Variant
 from slidesparse.tuning.store import TuningStore
 
+PROFILED_DECODE_STEP = 2
+"""Which step after the prompts' a decode profile is of: sequences attend to so many tokens beyond their prompts."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -92,6 +95,8 @@ class Session(Protocol):
     """Seconds of compilation and graph capture, after that."""
     vocabulary: int
     """Prompts hold tokens 0 to vocabulary - 1."""
+    own_process: bool
+    """It has a process of its own, whose memory is not seen from here."""
 
     def begin(self) -> None:
         """A cell starts: `path` and `tuning` speak of what runs from here on."""
@@ -109,10 +114,13 @@ class Session(Protocol):
         """Compare logits and greedy tokens on prompts, int64 [S, P], with an independent dense model."""
 
     def check_step(self, tokens: torch.Tensor, phase: Phase) -> Check:
-        """Run one untimed step of the very size that is timed, and check what its linear layers gave."""
+        """Run one untimed step of the very size that is timed, and check what its linear layers gave.
+
+        `not_checked` where the engine cannot look at them.
+        """
 
     def profile_step(self, tokens: torch.Tensor, phase: Phase) -> StepProfile | None:
-        """The GPU kernels of one step as `check_step` runs it; None where there is no GPU to profile."""
+        """The GPU kernels of one step; decode: see PROFILED_DECODE_STEP. None where there is no GPU to profile."""
 
     def path(self) -> str:
         """The code path that ran since `begin`."""

@@ -71,6 +71,7 @@ class TransformersSession:
 
     compile_s = 0.0
     lead_in = 0
+    own_process = False
 
     def __init__(
         self,

@@ -148,6 +148,7 @@ class VllmSession:
     """See `base.Session`."""
 
     lead_in = 1
+    own_process = True
 
     def __init__(self, process: ChildProcess) -> None:
         self._process = process

@@ -27,7 +27,7 @@ from slidesparse.errors import VerificationError
 from slidesparse.kernels import verify
 from slidesparse.kernels.verify import Check
 from slidesparse.measure.engines import vllm_layers, vllm_rank
-from slidesparse.measure.engines.base import StepResult
+from slidesparse.measure.engines.base import PROFILED_DECODE_STEP, StepResult
 from slidesparse.measure.engines.logits import GENERATED, compare, noise_bound
 from slidesparse.measure.engines.model import reference_model
 from slidesparse.measure.step_profile import KernelSpan, StepProfile
@@ -99,17 +99,17 @@ class VllmWorker:
         return steps[0], steps[1:], np.array([by_number[number] for number in numbers], dtype=np.int64)
 
     def profile_step(self, tokens: Tokens, phase: Phase) -> StepProfile | None:
-        """GPU kernels of one step of that size; decode: of the second step after the prompts'.
+        """GPU kernels of one step of that size; decode: of step PROFILED_DECODE_STEP after the prompts'.
 
         None without a GPU, and on several ranks, whose kernels run in other processes.
         """
         if self._ranks > 1 or not torch.cuda.is_available():
             return None
         with self._nothing_left():
-            self._add(tokens, 1 if phase == "prefill" else 4)
-            if phase == "decode":  # the prompts' step and the first after it; what these two calls began ends here
-                self._engine.step()
-                self._engine.step()
+            self._add(tokens, 1 if phase == "prefill" else PROFILED_DECODE_STEP + 2)
+            if phase == "decode":  # the prompts' step and those before the one asked for; what they began ends here
+                for _ in range(PROFILED_DECODE_STEP):
+                    self._engine.step()
             torch.cuda.synchronize()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 start = time.perf_counter()
@@ -182,7 +182,7 @@ class VllmWorker:
             "+".join(seen["kernels"]),
         ]
         if self._ranks > 1:
-            parts.append(f"{self._ranks} ranks")
+            parts.append(f"{self._ranks} ranks, the first of which is described")
         text = ", ".join(parts)
         if m:
             prefix = f"M={bucket(m)}: "
