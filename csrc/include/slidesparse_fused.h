@@ -36,14 +36,15 @@ typedef struct {
 
 /* One way to run a problem. Sizes in elements. */
 typedef struct {
-  char name[64];           /* what a tuning store keeps; stays the same for the same code */
-  int32_t index;           /* in the family's table */
+  char name[64];            /* what a tuning store keeps; the same code has the same name */
+  int32_t index;            /* in the family's table */
   int32_t channels, tokens; /* of a block's tile of out */
-  int32_t k;               /* of a stage */
+  int32_t k;                /* of a stage */
   int32_t stages;
-  int32_t cluster;         /* blocks that share what they load */
-  int32_t split_k;         /* blocks that share one tile along k */
-  int32_t group;           /* token tiles that are walked together, for the L2 cache */
+  int32_t cluster_channels, cluster_tokens; /* blocks of a cluster along n and m: they share what they load */
+  int32_t split_k;          /* blocks that share one tile along k */
+  int32_t group;            /* token tiles that are walked together, for the L2 cache */
+  int32_t head_start;       /* stages by which one half of a block is ahead, so that their epilogues do not coincide */
 } ss_fused_config;
 
 typedef struct {
