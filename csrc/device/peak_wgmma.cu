@@ -47,18 +47,18 @@ __device__ void lay(uint8_t* to, const uint8_t* from, int rows) {
         reinterpret_cast<const uint4*>(from)[i];
 }
 
-__device__ void load_all_the_while(const Launch& launch, uint8_t* pieces, uint64_t* barriers, const int* finished) {
+__device__ void load_all_the_while(const Launch& launch, uint32_t pieces, uint32_t barriers, const int* finished) {
   Walk walk(launch.source_bytes, kPiece);
   unsigned long long rounds = 0;
   for (int slot = 0; rounds < 2 || running(finished, launch.units); slot ^= 1, ++rounds) {
-    if (rounds >= 2) wgmma::barrier_wait(barriers + slot, (rounds / 2 - 1) & 1);  // this slot's load before
+    if (rounds >= 2) wgmma::barrier_wait(barriers + slot * 8, (rounds / 2 - 1) & 1);  // this slot's load before
     const uint8_t* from = launch.source + walk.next(kPiece);
-    wgmma::barrier_expect(barriers + slot, kPiece);
+    wgmma::barrier_expect(barriers + slot * 8, kPiece);
     for (int done = 0; done < kPiece; done += kPieceOrder)
-      wgmma::bulk_load(pieces + slot * kPiece + done, from + done, kPieceOrder, barriers + slot);
+      wgmma::bulk_load(pieces + slot * kPiece + done, from + done, kPieceOrder, barriers + slot * 8);
   }
   for (unsigned long long last = rounds - 2; last < rounds; ++last)  // nothing may arrive after the block has ended
-    wgmma::barrier_wait(barriers + (last & 1), (last / 2) & 1);
+    wgmma::barrier_wait(barriers + (last & 1) * 8, (last / 2) & 1);
   atomicAdd(launch.loaded, rounds * kPiece);
 }
 
@@ -109,14 +109,15 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_rate(Launch launch) {
   uint8_t* b = shared;
   uint8_t* a = b + kStages * N * kStageBytesOfK;
   uint8_t* pieces = shared + S::operand_bytes(N, launch.units);
-  auto* barriers = reinterpret_cast<uint64_t*>(pieces + 2 * kPiece);
-  auto* finished = reinterpret_cast<int*>(barriers + 2);
+  const uint32_t barriers = wgmma::shared_address(pieces + 2 * kPiece);
+  auto* finished = reinterpret_cast<int*>(pieces + 2 * kPiece + 2 * 8);
   lay<wgmma::kRows128>(b, launch.b, kStages * N);
   lay<kSwizzleOfA<Sparse>>(a, launch.a, kStages * launch.units * kRows);
   if (threadIdx.x == 0) {
     *finished = 0;
-    wgmma::barrier_init(barriers);
-    wgmma::barrier_init(barriers + 1);
+    wgmma::barrier_init(barriers, 1);
+    wgmma::barrier_init(barriers + 8, 1);
+    wgmma::barriers_ready();
   }
   wgmma::publish();
   __syncthreads();
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_rate(Launch launch) {
     multiply<Type, Sparse, N>(launch, a, b);
     if (threadIdx.x % kWarpgroup == 0) atomicAdd(finished, 1);
   } else if (launch.source != nullptr && threadIdx.x == launch.units * kWarpgroup) {
-    load_all_the_while(launch, pieces, barriers, finished);
+    load_all_the_while(launch, wgmma::shared_address(pieces), barriers, finished);
   }
 #else
   __trap();

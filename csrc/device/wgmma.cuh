@@ -1,81 +1,12 @@
-// sm_90a: the warpgroup's matrix instruction on operands in shared memory, and the copy engine's barrier.
+// sm_90a: the warpgroup's matrix instruction on operands in shared memory.
 #pragma once
 
-#include <cstdint>
-
+#include "hopper.cuh"
 #include "rate.cuh"
-
-// wgmma exists in code for sm_90a alone; for other architectures the kernel is empty and never started.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define SS_HAS_WGMMA 1
-#endif
 
 namespace slidesparse::wgmma {
 
-// Byte address inside the block's shared memory: what PTX operands want instead of a generic pointer.
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Swizzle modes of a matrix descriptor: rows of 128 or 64 bytes, their 16-byte chunks permuted against bank conflicts.
-enum Swizzle : uint32_t { kRows128 = 1, kRows64 = 2 };
-
-// Descriptor of a K-major tile (PTX ISA, "Matrix Descriptor Format"): start, distance of 8-row blocks, swizzle mode.
-__device__ inline uint64_t descriptor(uint32_t address, Swizzle swizzle) {
-  const uint64_t eight_rows = swizzle == kRows128 ? 1024 : 512;
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(1) << 16 | (eight_rows >> 4) << 32 | uint64_t(swizzle) << 62;
-}
-
-// Where 16-byte chunk `chunk` of row `row` lies in a swizzled tile that starts at a multiple of 1024 bytes.
-template <Swizzle Mode>
-__device__ inline uint32_t swizzled(uint32_t row, uint32_t chunk) {
-  if (Mode == kRows128) return row * 128 + ((chunk ^ (row & 7)) << 4);
-  return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4);
-}
-
 #ifdef SS_HAS_WGMMA
-
-// Before the first wgmma, and again after registers of its accumulator were touched by other instructions.
-__device__ inline void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Closes a group of wgmmas, which is what can be waited for.
-__device__ inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most `Pending` groups are under way: one stays, so that the tensor cores never run dry.
-template <int Pending>
-__device__ inline void wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
-}
-
-// Shared memory written by ordinary stores becomes visible to wgmma, which reads by another path (the async proxy).
-__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// A barrier that one arrival and the bytes it announces complete.
-__device__ inline void barrier_init(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
-__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (!done) {  // try_wait gives up after a while
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  }
-}
-// The copy engine takes one whole piece; its bytes count towards the barrier.
-__device__ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-}
 
 // -- the instruction --------------------------------------------------------------------------------------------------
 // wgmma names each accumulator register, N / 2 of them, in its text, and the compiler wants each as an operand. PTX has
