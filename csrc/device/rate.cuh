@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda_check.h"
 #include "slidesparse_peak.h"
-#include "status.h"
 
 namespace slidesparse {
 
@@ -52,10 +52,6 @@ struct Walk {
 // Threads that multiply count themselves out in shared memory; threads that load stop when the last of them has.
 __device__ inline bool running(const int* finished, int units) {
   return *reinterpret_cast<const volatile int*>(finished) < units;
-}
-
-inline void check(cudaError_t status, const std::string& call) {
-  if (status != cudaSuccess) throw Error("CUDA " + call + ": " + cudaGetErrorString(status));
 }
 
 // Start `kernel` with one block on each multiprocessor of the current device.
