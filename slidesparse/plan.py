@@ -282,7 +282,8 @@ def _variants(p: Profile, patterns: tuple[Sparsity, ...]) -> list[Variant]:
 def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
     """Coarse: dense GEMM and quantise. Fine: sparse GEMM, dequantise + bias, quantise + lift.
 
-    Quantise + lift is tuned for every pattern that whole linear layers are measured with. The fused BitNet kernels,
+    Quantise + lift is tuned for every pattern that whole linear layers are measured with. Backends share the kernels
+    around their GEMMs, so the first sparse backend stands for all. The fused BitNet kernels,
     fine, for the end-to-end patterns, where the engine runs them: in vLLM.
 
     A kernel that works on activations depends on K alone, one that works on outputs on N alone, so
@@ -290,7 +291,9 @@ def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
     """
     dense = [Variant(backend) for backend in p.backends.dense]
     sparse = _variants(p, p.sparsity.end_to_end)
-    lifted = sparse if p.linear is None else _variants(p, p.sparsity.every)
+    first = p.backends.sparse[:1]
+    patterns = p.sparsity.end_to_end if p.linear is None else p.sparsity.every
+    lifted = [Variant(backend, pattern) for backend, pattern in product(first, patterns)]
     for model, dtype in product(p.models, p.dtypes):
         shapes = list(dict.fromkeys(models[model].linear_shapes().values()))
         columns, rows = sorted({k for _, k in shapes}), sorted({n for n, _ in shapes})
@@ -304,7 +307,7 @@ def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
                 yield TuneCell(model, dtype, "fine", "sparse_gemm", variant, m, n, k)
         for m, variant, k in product(p.tune.fine_m, lifted, columns):
             yield TuneCell(model, dtype, "fine", "quantise_lift", variant, m, 0, k)
-        for m, backend, n in product(p.tune.fine_m, p.backends.sparse, rows):
+        for m, backend, n in product(p.tune.fine_m, first, rows):
             yield TuneCell(model, dtype, "fine", "dequantise_bias", Variant(backend), m, n, 0)
         if p.engine == "vllm" and models[model].config["model_type"] == "bitnet":
             yield from _tune_fused(p, model, dtype, models[model].linear_shapes())

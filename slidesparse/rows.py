@@ -295,6 +295,13 @@ class KernelRow(TimedRow):
     speedup_high: float = UNMEASURED
     speedup_bound: float = UNMEASURED
     """L/(L-2)."""
+    two_kernels_us: float = UNMEASURED
+    """For a GEMM with its epilogue: the best library sparse GEMM with a second kernel for it, interleaved."""
+    two_kernels_path: str = ""
+    over_two_kernels: float = UNMEASURED
+    """Median of the paired ratios two kernels / this one."""
+    over_two_kernels_low: float = UNMEASURED
+    over_two_kernels_high: float = UNMEASURED
 
 
 class KernelDenseRow(KernelRow):

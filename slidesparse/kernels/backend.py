@@ -265,6 +265,10 @@ def backend(name: str) -> Backend:
         from slidesparse.kernels.cutlass import Cutlass
 
         return Cutlass()
+    if name == "fused":
+        from slidesparse.kernels.fused import Fused
+
+        return Fused()
     raise UnsupportedHere(
-        f"backend {name} is not in this version, which has cublaslt, cusparselt, cutlass, cpu_dense and cpu_sparse"
+        f"backend {name} is not in this version, which has cublaslt, cusparselt, cutlass, fused, cpu_dense, cpu_sparse"
     )

@@ -1,8 +1,9 @@
-"""The library GEMMs as torch operators: opaque to torch.compile, safe in CUDA graphs.
+"""The GEMMs as torch operators: opaque to torch.compile, safe in CUDA graphs.
 
     slidesparse::dense_gemm(x, w, out!, opaque, workspace)
     slidesparse::dense_gemm_scaled(x, scale_token, w, scale_channel, bias?, out!, opaque, workspace)
     slidesparse::sparse_gemm(x, compressed, out!, alg_id, split_k, workspace)
+    slidesparse::fused_gemm(x, scale_token, packed, scale_channel, bias?, out!, name, numbers)
 
 An algorithm travels as plain numbers: no pointer and no plan handle ends up in a compiled graph. A plan is made at an
 algorithm's first call, so call once before capturing. The functions of this file are these operators where something
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import torch
 
-from slidesparse.kernels import gemm_library
+from slidesparse.kernels import fused_library, gemm_library
+from slidesparse.kernels.fused_library import Config, Family
 from slidesparse.kernels.gemm_library import PLAIN, SCALED, SCALED_BIAS, GemmAlgorithm, Problem
 
 NAMESPACE = "slidesparse"
@@ -68,6 +71,20 @@ def _sparse_gemm(
     gemm_library.load().sparse_gemm(problem, algorithm, x, compressed, out, _workspace(x, workspace))
 
 
+def _fused_gemm(
+    x: torch.Tensor,
+    scale_token: torch.Tensor,
+    packed: torch.Tensor,
+    scale_channel: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    name: str,
+    numbers: list[int],
+) -> None:
+    config, n, k = Config(name, *numbers), out.shape[1], x.shape[1]
+    fused_library.load().gemm(config, x, packed, scale_token, scale_channel, bias, out, family=Family.WGMMA, n=n, k=k)
+
+
 def _fits(x: torch.Tensor, n: int, out: torch.Tensor) -> None:
     torch._check(
         out.shape[0] == x.shape[0] and out.shape[1] == n,
@@ -90,6 +107,9 @@ def _operator(name: str, body: Callable[..., None], fake: Callable[..., None]) -
 dense_gemm_op = _operator("dense_gemm", _dense_gemm, lambda x, w, out, opaque, workspace: _fits_dense(x, w, out))
 dense_gemm_scaled_op = _operator(
     "dense_gemm_scaled", _dense_gemm_scaled, lambda x, token, w, channel, bias, out, *rest: _fits_dense(x, w, out)
+)
+fused_gemm_op = _operator(
+    "fused_gemm", _fused_gemm, lambda x, token, packed, channel, bias, out, *rest: _fits(x, channel.shape[0], out)
 )
 sparse_gemm_op = _operator("sparse_gemm", _sparse_gemm, lambda x, compressed, out, *rest: _fits(x, out.shape[1], out))
 
@@ -121,3 +141,18 @@ def sparse_gemm(
     """x [M, K'], compressed 2:4 weight -> out [M, N]."""
     run = sparse_gemm_op if torch.compiler.is_compiling() else _sparse_gemm
     run(x, compressed, out, alg_id, split_k, workspace)
+
+
+def fused_gemm(
+    x: torch.Tensor,
+    scale_token: torch.Tensor,
+    packed: torch.Tensor,
+    scale_channel: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: Config,
+) -> None:
+    """x [M, K'], packed 2:4 weight, float32 scales [M, 1], [N, 1], bfloat16 bias [N] -> out bfloat16 [M, N]."""
+    run = fused_gemm_op if torch.compiler.is_compiling() else _fused_gemm
+    name, *numbers = astuple(config)
+    run(x, scale_token, packed, scale_channel, bias, out, name, numbers)

@@ -64,12 +64,21 @@ class Recipe:
     def choices(self, m: int, bias: bool, before: BitNetOperation | None = None) -> list[Choice]:
         """The tuned choice at M tokens; with the epilogue in a second kernel first, then fused where it can be.
 
-        before: what is fused with quantising x. Raises UnsupportedHere where the backend has no algorithm.
+        A backend whose epilogue is always fused has the tuned algorithm first. before: what is fused with quantising
+        x. Raises UnsupportedHere where the backend has no algorithm.
         """
         plain, scaled = self.offered(m, bias)
         split = self._choose(m, before, plain or scaled)
+        if not plain:  # what tuning chose is such an algorithm
+            scaled = (split.gemm, *(algorithm for algorithm in scaled if algorithm != split.gemm))
         fused = [replace(split, scaled=algorithm) for algorithm in scaled]
         return [split, *fused] if plain else fused
+
+    def choice(self, m: int, bias: bool, before: BitNetOperation | None = None) -> Choice:
+        """Of `choices` the one that a model runs: with the epilogue fused where it can be, one pass over the output
+        less."""
+        choices = self.choices(m, bias, before)
+        return next((choice for choice in choices if choice.scaled), choices[0])
 
     def offered(self, m: int, bias: bool) -> tuple[tuple[Algorithm, ...], tuple[Algorithm, ...]]:
         """What the backend has at M tokens: GEMMs alone, and GEMMs with fused scales.
@@ -213,8 +222,7 @@ class W8A8Linear(nn.Module):
         tokens = x.reshape(-1, self.k)
         choice = self._choices.get(tokens.shape[0])
         if choice is None:
-            # Where the library can fuse the epilogue it does: one kernel and one pass over the output less.
-            choice = self._choices[tokens.shape[0]] = self.choices(tokens.shape[0])[-1]
+            choice = self._choices[tokens.shape[0]] = self.recipe.choice(tokens.shape[0], self.bias is not None)
         y = self.run(tokens, choice)
         self.paths[str(choice)] += 1
         return y.reshape(*x.shape[:-1], self.n)

@@ -73,7 +73,9 @@ class Expected:
 
     INT8: all elements equal. Others: |out - exact| <= slack + unit(out) * (|exact| + slack), slack = error * sum|a||w|.
     `error` bounds the accumulation (`Backend.accumulation_error`), unit(out) is the rounding to a 16-bit output.
-    Limits are kept in float32, rounded outwards.
+    With `scales` out is bf16((acc * token) * channel): INT8 then equals the reference bit for bit, or, where the
+    epilogue has another order of operations (`exact_epilogue` false), slack is that of 4 float32 roundings; the others'
+    slack is scaled too and has those 4 roundings beside it. Limits are kept in float32, rounded outwards.
     """
 
     def __init__(
@@ -84,37 +86,49 @@ class Expected:
         error: tuple[float, str],
         out_dtype: torch.dtype,
         norm: float = float("inf"),
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        exact_epilogue: bool = True,
     ) -> None:
         """codes [M, K] and unlifted weight [N, K] on one device; error: factor and its formula in words; norm: largest
-        ||out - exact|| / ||exact|| over the whole output."""
-        self._dtype, self._norm = dtype, norm
+        ||out - exact|| / ||exact|| over the whole output; scales: float32 [M, 1] and [N, 1]."""
+        integer = dtype is DType.INT8
+        self._same, self._norm = integer and (scales is None or exact_epilogue), norm
+        self._what = "exact integer product" if scales is None else "integer reference with both scales"
         rounding = {torch.bfloat16: " and one rounding to bf16", torch.float16: " and one rounding to fp16"}
-        self._text = f"{error[1]}*sum|a||w|{rounding.get(out_dtype, '')}"
+        epilogue = "" if scales is None else " and 4 float32 roundings"
+        accumulation = "exact sum" if integer else f"{error[1]}*sum|a||w|"
+        self._text = f"{accumulation}{epilogue}{rounding.get(out_dtype, '')}"
         shape, unit = (codes.shape[0], weight.shape[0]), OUTPUT_UNIT.get(out_dtype, 0.0)
-        kind = torch.int32 if dtype is DType.INT8 else torch.float32
+        kind = torch.float32 if not self._same else torch.int32 if scales is None else out_dtype
         self._low = torch.empty(shape, dtype=kind, device=codes.device)
-        self._high = self._low if dtype is DType.INT8 else torch.empty_like(self._low)
+        self._high = self._low if self._same else torch.empty_like(self._low)
         for rows in row_blocks(shape):
             exact = reference.gemm(codes[rows], weight)
-            if dtype is DType.INT8:
+            if self._same:
+                if scales is not None:
+                    exact = reference.dequantise_bias(exact, scales[0][rows], scales[1], None, out_dtype)
                 self._low[rows] = exact
                 continue
-            slack = error[0] * reference.magnitude(codes[rows], weight)
+            slack = torch.zeros_like(exact) if integer else error[0] * reference.magnitude(codes[rows], weight)
+            if scales is not None:
+                both = scales[0][rows].double() * scales[1].double().reshape(1, -1)
+                exact, slack = exact * both, slack * both
+                slack += gamma(4) * (exact.abs() + slack)
             bound = slack + unit * (exact.abs() + slack)
             self._low[rows] = _outwards(exact - bound, -1)
             self._high[rows] = _outwards(exact + bound, +1)
 
     def holds(self, out: torch.Tensor) -> bool:
         """The verdict of `check` on each element, without its figures and its norm: fast."""
-        if self._dtype is DType.INT8:
+        if self._same:
             return torch.equal(out, self._low)
         blocks = row_blocks((out.shape[0], out.shape[1]))
         return all(bool(((out[rows] >= self._low[rows]) & (out[rows] <= self._high[rows])).all()) for rows in blocks)
 
     def check(self, out: torch.Tensor) -> Check:
-        """Compare an accumulator [M, N]."""
-        if self._dtype is DType.INT8:
-            return check_same(out, self._low, "exact integer product")
+        """Compare an output [M, N]."""
+        if self._same:
+            return check_same(out, self._low, self._what)
         share, wrong, example = 0.0, 0, ""
         for rows in row_blocks((out.shape[0], out.shape[1])):
             low, high, got = self._low[rows].double(), self._high[rows].double(), out[rows].double()

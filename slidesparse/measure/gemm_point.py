@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -54,19 +54,28 @@ class Product:
 
     def __init__(self, plain: torch.Tensor, dtype: DType, m: int, seed: int) -> None:
         """Random activations for unlifted codes [N, K], on their device."""
-        self.dtype, self._plain = dtype, plain
+        self.dtype, self._plain, self._seed = dtype, plain, seed
         device = "cuda" if plain.is_cuda else "cpu"
         self.codes = operands.codes_of(operands.activation(m, plain.shape[1], seed, device), dtype)
-        self._expected: dict[tuple[float, torch.dtype], Expected] = {}
+        self._expected: dict[tuple[object, ...], Expected] = {}
         self._signs: dict[torch.dtype, torch.Tensor] = {}
 
-    def expected(self, side: Backend, k: int) -> Expected:
-        """What `side` must give for sums over k positions."""
-        error, out = side.accumulation_error(self.dtype, k), side.output(self.dtype)
-        if (error[0], out) not in self._expected:
-            norm = side.norm_error(self.dtype)
-            self._expected[error[0], out] = Expected(self.codes, self._plain, self.dtype, error, out, norm)
-        return self._expected[error[0], out]
+    def expected(self, side: Backend, k: int, out: torch.dtype, scaled: bool = False) -> Expected:
+        """What `side` must give for sums over k positions, written as `out`; scaled: with `scales` applied."""
+        error, exact = side.accumulation_error(self.dtype, k), not scaled or side.exact_epilogue
+        key = error[0], out, scaled, exact
+        if key not in self._expected:
+            norm, scales = side.norm_error(self.dtype), self.scales if scaled else None
+            self._expected[key] = Expected(self.codes, self._plain, self.dtype, error, out, norm, scales, exact)
+        return self._expected[key]
+
+    @cached_property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random ones for tokens [M, 1] and channels [N, 1], float32, as large as real ones."""
+        sizes, device = (self.codes.shape[0], self._plain.shape[0]), self.codes.device
+        generator = torch.Generator(device).manual_seed(self._seed)
+        token, channel = (torch.rand(size, 1, generator=generator, device=device) * 1e-2 + 1e-3 for size in sizes)
+        return token, channel
 
     @cached_property
     def sign_codes(self) -> torch.Tensor:
@@ -112,19 +121,43 @@ class GemmPoint:
             (lambda codes: codes) if sparsity is None else partial(reference.lift, sparsity=sparsity)
         )
         x = self._lift(product.codes)
-        out = torch.empty(m, packed.n, dtype=side.output(packed.dtype), device=side.device)
+        out = torch.empty(m, packed.n, dtype=self.written, device=side.device)
         sets = buffer_sets(side, x.nbytes + packed.nbytes + out.nbytes)
         self._sets = [(x, packed, out)]
         self._sets += [(x.clone(), packed.copy(), torch.empty_like(out)) for _ in range(sets - 1)]
+
+    scaled: ClassVar[bool] = False
+    """Its result has both scales applied."""
+
+    @property
+    def written(self) -> torch.dtype:
+        """Type of what the GEMM itself writes."""
+        return self.side.output(self._product.dtype)
 
     def algorithms(self) -> tuple[Algorithm, ...]:
         """All that the side offers for this size."""
         x, packed, _ = self._sets[0]
         return self.side.algorithms(packed.dtype, x.shape[0], packed.n, packed.k)
 
+    def run(
+        self,
+        x: torch.Tensor,
+        packed: Weight,
+        scales: tuple[torch.Tensor, torch.Tensor],
+        algorithm: Algorithm,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """What is timed: overwrites `out`, returns the result. Scales are for points with an epilogue."""
+        return self.side.gemm(x, packed, algorithm, out)
+
+    def path(self, algorithm: Algorithm) -> str:
+        """What `run` runs, for the records."""
+        return self.side.path(self._product.dtype, algorithm)
+
     def calls(self, algorithm: Algorithm) -> list[Call]:
         """The GEMM on each set of buffers."""
-        return [partial(self.side.gemm, x, packed, algorithm, out) for x, packed, out in self._sets]
+        scales = self._product.scales
+        return [partial(self.run, x, packed, scales, algorithm, out) for x, packed, out in self._sets]
 
     def check(self, algorithm: Algorithm, figures: bool = True) -> Check:
         """Run once on a poisoned output and compare; 16-bit sums also on operands whose sums are exact.
@@ -132,21 +165,23 @@ class GemmPoint:
         `figures`: also say how much of the bound was used (slower).
         """
         x, packed, out = self._sets[0]
-        expected = self._product.expected(self.side, packed.k)
+        expected = self._product.expected(
+            self.side, packed.k, torch.bfloat16 if self.scaled else self.written, self.scaled
+        )
         lost_contexts.settle(self.side)
-        self.side.gemm(x, packed, algorithm, verify.poison(out))
+        got = self.run(x, packed, self._product.scales, algorithm, verify.poison(out))
         lost_contexts.wait(self.side)
-        if figures or not expected.holds(out):
-            result = expected.check(out)
+        if figures or not expected.holds(got):
+            result = expected.check(got)
             if not result.ok:
                 return result
         else:
             result = Check("exact" if packed.dtype is DType.INT8 else "within_bound", "")
         if self._weight.packed_signs is None:
             return result
-        x = self._sign_operand
-        self.side.gemm(x, self._weight.packed_signs, algorithm, verify.poison(out))
-        sharp = verify.check_same(out, self._product.exact_signs(out.dtype), "exact product of the operands' signs")
+        ones = torch.ones_like(self._product.scales[0]), torch.ones_like(self._product.scales[1])
+        got = self.run(self._sign_operand, self._weight.packed_signs, ones, algorithm, verify.poison(out))
+        sharp = verify.check_same(got, self._product.exact_signs(got.dtype), "exact product of the operands' signs")
         return Check(result.verified, f"{result.text}; {sharp.text}") if sharp.ok else sharp
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -23,13 +24,19 @@ from slidesparse.measure import telemetry
 from slidesparse.measure.book import RowBook, reason_of
 from slidesparse.measure.clocks import clock_of, free_memory
 from slidesparse.measure.gemm_point import GemmPoint, LayerWeight, Product, Ranked, rank
-from slidesparse.measure.timer import Call, leading, ratio
+from slidesparse.measure.scaled_point import point_of, whole_point
+from slidesparse.measure.timer import Call, Samples, leading, ratio
+from slidesparse.pattern import Sparsity
 from slidesparse.plan import SQUARE, KernelCell, Task, Variant, fingerprint
 from slidesparse.progress import Bar, track
 from slidesparse.rows import BEST, KernelDenseRow, KernelRow
 from slidesparse.run import Outcome, Run
 from slidesparse.tuning.store import kernel_versions
 
+Rival = tuple[str, Call]
+"""Path and prepared call of what a point is timed beside."""
+ENGINES_OWN = "cutlass"
+"""vLLM's dense GEMM, which has no form without scales."""
 DENSE_LEADERS = 2
 """Dense algorithms that are timed beside the sparse leaders, the winner of task 6 among them or one more."""
 
@@ -39,7 +46,9 @@ def run_task(run: Run, task: Task) -> Outcome:
 
     Weights are the model's own where there is a checkpoint with the pattern, else random ones that keep to it
     (column `data`). Every algorithm is checked on a poisoned output first; if one is wrong the point is a failed
-    row without numbers. A sparse row holds the dense twin's latency, interleaved, and the paired ratio.
+    row without numbers. A sparse row holds the dense twin's latency, interleaved, and the paired ratio. Of a backend
+    that never runs without its epilogue both sides have it, and the libraries' sparse GEMM with a second kernel for
+    the epilogue is timed beside them.
 
     Raises:
         DiskError, RecordError: nothing more can be recorded.
@@ -140,26 +149,20 @@ class _Table:
         sparsity = cell.variant.sparsity
         weight = self._weight(cell, side)
         product = Product(weight.plain, cell.dtype, cell.m, self._seed)
-        point = GemmPoint(side, weight, product, sparsity)
-        twins = [] if sparsity is None else self._twins_of(cell, product, weight)
-        ranking = rank(
-            point, self._stopping, clock_of(side), self._seed, self._losses, self._probe, [call for _, call in twins]
-        )
+        point = point_of(side, weight, product, sparsity)
+        two_kernels, twins = self._two_kernels(cell, side, product, weight), self._twins_of(cell, side, product, weight)
+        rivals = [call for _, call in (*two_kernels, *twins)]
+        ranking = rank(point, self._stopping, clock_of(side), self._seed, self._losses, self._probe, rivals)
         best = ranking.leaders[0]
         check = _good(side, best.algorithm, point.check(best.algorithm))  # once more, after it was timed
         columns: dict[str, Any] = {}
         if sparsity is not None:
-            place = min(range(len(twins)), key=lambda place: ranking.rivals[place].interval.median)
-            dense = ranking.rivals[place]
-            speedup = ratio(dense, best.samples)
-            columns = {
-                "dense_us": dense.interval.median * 1e6,
-                "dense_path": twins[place][0],
-                "speedup": speedup.median,
-                "speedup_low": speedup.low,
-                "speedup_high": speedup.high,
-                "speedup_bound": sparsity.speedup_bound,
+            others, dense = ranking.rivals[: len(two_kernels)], ranking.rivals[len(two_kernels) :]
+            columns = _against("dense", "speedup", twins, dense, best.samples) | {
+                "speedup_bound": sparsity.speedup_bound
             }
+            if two_kernels:
+                columns |= _against("two_kernels", "over_two_kernels", two_kernels, others, best.samples)
         return {
             **columns,
             **_best_columns(ranking.leaders, 2.0 * cell.m * cell.n * weight.packed.k),
@@ -167,21 +170,23 @@ class _Table:
             **ranking.telemetry,
             "alg_count": ranking.checked,
             "algorithm": best.algorithm.name,
-            "path": side.path(cell.dtype, best.algorithm),
+            "path": point.path(best.algorithm),
             "data": weight.data,
             "verified": check.verified,
             "check": f"all {ranking.checked} algorithms; the best: {check.text}",
         }
 
-    def _twins_of(self, cell: KernelCell, product: Product, weight: LayerWeight) -> list[tuple[str, Call]]:
-        """Paths and prepared calls of the leading dense algorithms on the same product, checked; the winner of task 6
-        last."""
+    def _twins_of(self, cell: KernelCell, side: Backend, product: Product, weight: LayerWeight) -> list[Rival]:
+        """The leading dense algorithms on the same product, checked; the winner of task 6 last. A GEMM with its
+        epilogue meets the epilogues of every dense backend at hand."""
+        if cell.variant.sparsity is None:
+            return []
         dense = backend(self._run.plan.profile.backends.dense[0])
         dense.require(self._run.machine, cell.dtype)
-        key = (dense.name, cell.layer, cell.n, cell.k)
-        if key not in self._weights:
-            self._weights[key] = LayerWeight.pack(weight.plain, weight.data, cell.dtype, None, dense, cell.layer)
-        point = GemmPoint(dense, self._weights[key], product, None)
+        if side.scaled_only:
+            return [rival for name in _dense_at_hand(self._run, cell.dtype) for rival in self._whole(
+                cell, backend(name), None, product, weight)]  # fmt: skip
+        point = GemmPoint(dense, self._packed(cell, dense, None, weight), product, None)
         clock = clock_of(dense)
         candidates, _ = point.candidates(self._losses)
         known = self._of_task_6(cell, dense, point)
@@ -190,7 +195,31 @@ class _Table:
         if known is not None:
             chosen.pop(known.name, None)
             chosen[known.name] = known
-        return [(dense.path(cell.dtype, one), clock.prepare(point.calls(one))) for one in chosen.values()]
+        return [(point.path(one), clock.prepare(point.calls(one))) for one in chosen.values()]
+
+    def _two_kernels(self, cell: KernelCell, side: Backend, product: Product, weight: LayerWeight) -> list[Rival]:
+        """For a GEMM with its epilogue: the profile's other sparse GEMMs, scales behind them, on the same weight."""
+        names = self._run.plan.profile.backends.sparse if side.scaled_only else ()
+        others = [backend(name) for name in names if name != side.name]
+        return [rival for other in others for rival in self._whole(
+            cell, other, cell.variant.sparsity, product, weight)]  # fmt: skip
+
+    def _whole(
+        self, cell: KernelCell, side: Backend, sparsity: Sparsity | None, product: Product, weight: LayerWeight
+    ) -> list[Rival]:
+        """The leading algorithm of another backend, with its whole epilogue, checked. None where it has none."""
+        point = whole_point(side, self._packed(cell, side, sparsity, weight), product, sparsity)
+        candidates, _ = point.candidates(self._losses)
+        places = leading([candidate.calls for candidate in candidates], clock_of(side), 1)
+        chosen = [candidates[place] for place in places]
+        return [(point.path(one.algorithm), clock_of(side).prepare(one.calls)) for one in chosen]
+
+    def _packed(self, cell: KernelCell, side: Backend, sparsity: Sparsity | None, weight: LayerWeight) -> LayerWeight:
+        """The weight of a point as another backend multiplies it."""
+        key = (side.name, cell.layer, cell.n, cell.k)
+        if key not in self._weights:
+            self._weights[key] = LayerWeight.pack(weight.plain, weight.data, cell.dtype, sparsity, side, cell.layer)
+        return self._weights[key]
 
     def _of_task_6(self, cell: KernelCell, dense: Backend, point: GemmPoint) -> Algorithm | None:
         """The winner of the same point in the dense task, if its row is there and made with the same libraries."""
@@ -224,7 +253,10 @@ class _Table:
         run, host, sparsity = self._run, self._run.machine, self._variant.sparsity
         first = self._cells[0]
         shapes = {cell.layer: (cell.n, _lifted(cell)) for cell in self._cells}
-        count = len(side.algorithms(self._dtype, first.m, first.n, _lifted(first))) if side else 0
+        size = (self._dtype, first.m, first.n, _lifted(first))
+        count = 0
+        if side:
+            count = len(side.scaled_algorithms(*size, bias=False) if side.scaled_only else side.algorithms(*size))
         compute = "cc0" if host.gpu is None else "cc{}{}".format(*host.gpu.compute_capability)
         packages = machines.package_versions()
         stopping = self._stopping
@@ -248,6 +280,34 @@ class _Table:
         if sparsity is not None:
             lines.append(f"Sparsity: {sparsity.slug} (K_factor={sparsity.expansion:.3f})")
         return [*lines, f"Run: {run.run_id}", f"Time: {datetime.now(UTC).isoformat(timespec='seconds')}"]
+
+
+def _dense_at_hand(run: Run, dtype: DType) -> list[str]:
+    """Dense backends that can run here: the profile's, and the engine's own GEMM where vLLM is installed."""
+    found = []
+    for name in dict.fromkeys((*run.plan.profile.backends.dense, ENGINES_OWN)):
+        try:
+            backend(name).require(run.machine, dtype)
+        except UnsupportedHere as error:
+            run.log.info("not among the dense rivals: %s", error)
+        else:
+            found.append(name)
+    return found
+
+
+def _against(
+    side: str, figure: str, rivals: Sequence[Rival], timed: Sequence[Samples], mine: Samples
+) -> dict[str, Any]:
+    """Columns of the fastest rival, and of the paired ratio to it."""
+    place = min(range(len(rivals)), key=lambda place: timed[place].interval.median)
+    over = ratio(timed[place], mine)
+    return {
+        f"{side}_us": timed[place].interval.median * 1e6,
+        f"{side}_path": rivals[place][0],
+        figure: over.median,
+        f"{figure}_low": over.low,
+        f"{figure}_high": over.high,
+    }
 
 
 def _good(side: Backend, algorithm: Algorithm, check: Check) -> Check:

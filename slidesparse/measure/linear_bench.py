@@ -210,6 +210,8 @@ class _Variant:
         side = self._layers[0].sparse.backend
         if side.device != "cuda":
             return [], ""
+        if side.scaled_only:
+            return [], f"not measured: {side.name} packs weights for itself; the rows of the library's backend have it"
         from slidesparse.measure.reference_block import ReferenceBlock
 
         try:

@@ -55,14 +55,14 @@ class Block:
         """The same choices; where tuning has not looked at this very size and pattern (`known`), what leads a quick
         look."""
         ready = [Ready.make(parts, choices) for parts in self.sets]
-        return [
-            replace(
-                choice,
-                quantise=self._quantise_at(place, choice, known, clock),
-                gemm=self._gemm_at(place, choice, ready, known, clock, losses),
+        found = []
+        for place, choice in enumerate(choices):
+            gemm = self._gemm_at(place, choice, ready, known, clock, losses)
+            scaled = gemm if self.sets[0][place].linear.backend.scaled_only else choice.scaled
+            found.append(
+                replace(choice, quantise=self._quantise_at(place, choice, known, clock), gemm=gemm, scaled=scaled)
             )
-            for place, choice in enumerate(choices)
-        ]  # fmt: skip
+        return found
 
     def _quantise_at(
         self, place: int, choice: Choice, known: Callable[[Operation, W8A8Linear, int], bool], clock: Clock
@@ -92,27 +92,27 @@ class Block:
         if known("sparse_gemm" if linear.backend.sparse else "dense_gemm", linear, m):
             return choice.gemm
         barred = losses.barred(linear.backend, linear.dtype)
-        offered = linear.backend.algorithms(linear.dtype, m, linear.n, linear.weight.k)
-        candidates = [algorithm for algorithm in offered if algorithm.name not in barred]
+        plain, scaled = linear.recipe.offered(m, linear.bias is not None)
+        candidates = [algorithm for algorithm in plain or scaled if algorithm.name not in barred]
         calls: list[list[Call]] = [
-            [
-                partial(linear.backend.gemm, own.codes[place], parts[place].linear.weight, one, own.accs[place])
-                for parts, own in zip(self.sets, ready, strict=True)
-            ]
+            [partial(_product, parts[place], own, place, one) for parts, own in zip(self.sets, ready, strict=True)]
             for one in candidates
         ]
         return candidates[leading(calls, clock, count=1)[0]]
 
     def steps(self, choices: Sequence[Choice]) -> dict[str, list[Call]]:
-        """Each step alone, for all linears, on each set of buffers. The GEMM is the one without fused scales."""
+        """Each step alone, for all linears, on each set of buffers. The GEMM is the one without fused scales; where
+        a backend has only the other there is no last step."""
         ready = [Ready.make(parts, choices) for parts in self.sets]
-        return {
+        steps: dict[str, list[Call]] = {
             "quantise_us": [partial(_quantise, parts, choices) for parts in self.sets],
             "gemm_us": [partial(_gemm, parts, own, choices) for parts, own in zip(self.sets, ready, strict=True)],
-            "dequantise_us": [
-                partial(_dequantise, parts, own, choices) for parts, own in zip(self.sets, ready, strict=True)
-            ],
         }
+        if not self.sets[0][0].linear.backend.scaled_only:
+            steps["dequantise_us"] = [
+                partial(_dequantise, parts, own, choices) for parts, own in zip(self.sets, ready, strict=True)
+            ]
+        return steps
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,18 @@ def _quantise(parts: Sequence[Part], choices: Sequence[Choice]) -> list[tuple[to
 
 def _gemm(parts: Sequence[Part], ready: Ready, choices: Sequence[Choice]) -> list[torch.Tensor]:
     return [
-        part.linear.backend.gemm(codes, part.linear.weight, choice.gemm, acc)
-        for part, codes, acc, choice in zip(parts, ready.codes, ready.accs, choices, strict=True)
+        _product(part, ready, place, choice.gemm)
+        for place, (part, choice) in enumerate(zip(parts, choices, strict=True))
     ]
+
+
+def _product(part: Part, ready: Ready, place: int, algorithm: Algorithm) -> torch.Tensor:
+    """The GEMM of one linear: without scales, or with them where its backend has no other."""
+    linear, codes, out = part.linear, ready.codes[place], ready.accs[place]
+    if linear.backend.scaled_only:
+        token, bias = ready.scales[place], linear.bias16
+        return linear.backend.gemm_scaled(codes, token, linear.weight, linear.scale, bias, algorithm, out)
+    return linear.backend.gemm(codes, linear.weight, algorithm, out)
 
 
 def _dequantise(parts: Sequence[Part], ready: Ready, choices: Sequence[Choice]) -> list[torch.Tensor]:

@@ -17,7 +17,8 @@ from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.kernels.verify import Check
 from slidesparse.kernels.verify_normed import ExpectedNormed
 from slidesparse.measure.clocks import buffer_sets
-from slidesparse.measure.gemm_point import GemmPoint, LayerWeight, Product
+from slidesparse.measure.gemm_point import LayerWeight, Product
+from slidesparse.measure.scaled_point import point_of
 from slidesparse.measure.timer import Call, Clock, leading
 from slidesparse.pattern import Sparsity, align
 from slidesparse.plan import TuneCell
@@ -92,13 +93,13 @@ class Workbench:
 
     def _gemm(self, cell: TuneCell) -> list[Candidate]:
         weight = self._weight(cell.n, cell.k, cell.variant.sparsity)
-        point = GemmPoint(
+        point = point_of(
             self._backend, weight, Product(weight.plain, self._dtype, cell.m, self._seed), cell.variant.sparsity
         )
         quick = self._backend.device == "cuda"
 
         def candidate(algorithm: Algorithm) -> Candidate:
-            path = self._backend.path(self._dtype, algorithm)
+            path = point.path(algorithm)
             return Candidate(algorithm, path, point.calls(algorithm), lambda: point.check(algorithm, figures=not quick))
 
         return [candidate(algorithm) for algorithm in point.algorithms()]

@@ -108,9 +108,7 @@ def only(way: Way) -> Chooser:
     """Where there is nothing to choose from."""
 
     def choose(before: BitNetOperation | None, bias: bool, size: int) -> Plan:
-        choices = way.recipe.choices(size, bias, before)
-        # Where the library can fuse the epilogue it does: one pass over the output less.
-        return Plan.make(way, next((choice for choice in choices if choice.scaled), choices[0]), size)
+        return Plan.make(way, way.recipe.choice(size, bias, before), size)
 
     return choose
 
