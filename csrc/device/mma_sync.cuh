@@ -23,11 +23,33 @@ __device__ inline void copy16(void* to, const void* from) {
                "l"(from)
                : "memory");
 }
+// Likewise, or 16 zeros, and then nothing is read.
+__device__ inline void copy16_or_zeros(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+}
 // Closes a group of this thread's copies, which is what can be waited for.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit values (rows of 16 bytes): lane l names row l % 8 of matrix l / 8 in shared memory, and gets
+// 4 bytes at l % 4 * 4 of row l / 4 of each. One instruction instead of four loads with bank conflicts.
+__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+// An 8x8 matrix of 16-bit values, 2 of row l / 4 in lane l, becomes its transpose without a way through memory.
+__device__ inline uint32_t transposed(uint32_t two) {
+  uint32_t other;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(two));
+  return other;
 }
 
 // d [16 x 8] += a * b^T for one step along K: 32 bytes of a (for sparse a: of kept values). A thread has 4 registers of
