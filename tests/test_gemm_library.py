@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import SlideSparseError, UnsupportedHere
-from slidesparse.kernels import build, gemm_library, peak_library
+from slidesparse.kernels import build, fused_library, gemm_library, peak_library
 from slidesparse.kernels.cublaslt import CublasLt
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -148,54 +149,63 @@ def fake_nvcc(folder: Path, codes: str, script: str = "exit 0") -> Path:
 
 
 @pytest.fixture
-def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`main` writes into this folder; the GEMM library builds."""
     monkeypatch.setattr(build, "__file__", str(tmp_path / "slidesparse" / "kernels" / "build.py"))
     monkeypatch.setattr(build, "build", lambda source, target: target / gemm_library.LIBRARY)
     return tmp_path / "slidesparse" / "kernels" / "lib"
 
 
-def test_without_nvcc_one_line_says_what_is_left_out(
-    both: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_nvcc_a_line_each_says_what_is_left_out(
+    libraries: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     assert build.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == str(both / gemm_library.LIBRARY)
+    assert lines[0] == str(libraries / gemm_library.LIBRARY)
     assert lines[1].startswith("left out: libslidesparse_peak.so, for the tensor-core rates of `slidesparse calibrate`")
-    assert "install nvidia-cuda-nvcc" in lines[1]
-    assert len(lines) == 2
+    assert lines[2].startswith("left out: libslidesparse_fused.so, for backend fused: no nvcc")
+    assert all("install nvidia-cuda-nvcc" in line for line in lines[1:])
+    assert len(lines) == 3
 
 
-def test_with_nvcc_both_are_built_and_unknown_architectures_named(
-    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_with_nvcc_all_are_built_and_unknown_architectures_named_once(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An older CUDA than the newest GPU serves the GPUs that it knows."""
     called = tmp_path / "called"
-    script = f'echo "$@" > {called}; while [ "$1" != -o ]; do shift; done; echo code > "$2"'
+    script = f'echo "$@" >> {called}; while [ "$1" != -o ]; do shift; done; echo code > "$2"'
     nvcc = fake_nvcc(tmp_path / "bin", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120", script)
     monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
     assert build.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == str(both / peak_library.LIBRARY)
+    assert lines[1] == str(libraries / peak_library.LIBRARY)
     assert lines[2] == f"left out: sm_121, which {nvcc} does not know"
-    assert (both / peak_library.LIBRARY).read_text() == "code\n"
-    arguments = called.read_text()
-    assert "code=sm_90a" in arguments
-    assert "sm_121" not in arguments
-    assert "-cudart static" in arguments
+    assert lines[3:] == [str(libraries / fused_library.LIBRARY)]
+    assert (libraries / peak_library.LIBRARY).read_text() == "code\n"
+    assert (libraries / fused_library.LIBRARY).read_text() == "code\n"
+    calls = called.read_text().splitlines()
+    assert not any("sm_121" in call for call in calls)
+    linked = [call for call in calls if "-shared" in call]
+    assert len(linked) == 2
+    assert all("code=sm_90a" in call and "-cudart static" in call for call in linked)
+    (hopper,) = [call for call in calls if call.endswith("fused/wgmma_gemm.cu")]
+    assert re.findall(r"code=(\w+)", hopper) == ["sm_90a"], "no other GPU has these instructions"
+    (common,) = [call for call in calls if call.endswith("fused/mma_sp.cu")]
+    assert re.findall(r"code=(\w+)", common) == ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
 
 
 def test_a_failing_nvcc_gives_its_first_error_and_leaves_no_library(
-    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nvcc = fake_nvcc(tmp_path / "bin", "sm_80", 'echo "a.cu(3): error: no such thing" >&2; exit 2')
     monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
     assert build.main() == 1
     seen = capsys.readouterr()
-    assert seen.out.splitlines() == [str(both / gemm_library.LIBRARY)], "the other library is built all the same"
-    assert seen.err.splitlines() == [f"error: {nvcc} -std=c++17 failed: a.cu(3): error: no such thing"]
-    assert not (both / peak_library.LIBRARY).exists()
+    assert seen.out.splitlines() == [str(libraries / gemm_library.LIBRARY)], "the other library is built all the same"
+    assert seen.err.splitlines() == [f"error: {nvcc} -std=c++17 failed: a.cu(3): error: no such thing"] * 2
+    assert not (libraries / peak_library.LIBRARY).exists()
+    assert not (libraries / fused_library.LIBRARY).exists()
 
 
 def test_nvcc_is_looked_for_in_cuda_home_then_path_then_the_package(
@@ -215,8 +225,8 @@ def test_nvcc_is_looked_for_in_cuda_home_then_path_then_the_package(
     assert build.find_nvcc() is None, "a file that cannot be run is none"
 
 
-def test_a_header_less_machine_still_builds_the_microbenchmark(
-    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_header_less_machine_still_builds_what_needs_nvcc(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(source: Path, target: Path) -> Path:
         raise UnsupportedHere("no cublasLt.h: install nvidia-cublas")
@@ -226,5 +236,6 @@ def test_a_header_less_machine_still_builds_the_microbenchmark(
     monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
     assert build.main() == 1
     seen = capsys.readouterr()
-    assert seen.out.splitlines()[0] == str(both / peak_library.LIBRARY)
+    assert seen.out.splitlines()[0] == str(libraries / peak_library.LIBRARY)
+    assert seen.out.splitlines()[-1] == str(libraries / fused_library.LIBRARY)
     assert seen.err == "error: no cublasLt.h: install nvidia-cublas\n"

@@ -2,7 +2,8 @@
 
 The GEMM library (csrc/src) needs a C++ compiler, cmake, and the CUDA headers that PyTorch's and NVIDIA's Python
 packages bring, or CUDA_HOME; no nvcc: it is host code that loads the CUDA libraries at run time. The tensor-core
-microbenchmark (csrc/device) needs nvcc; without one it is left out, and one line says so. Neither needs a GPU.
+microbenchmark (csrc/device) and our own GEMM (csrc/fused) need nvcc; without one they are left out, and a line for each
+says so. None needs a GPU.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from slidesparse import files
 from slidesparse.errors import SlideSparseError, UnsupportedHere
-from slidesparse.kernels import peak_library
+from slidesparse.kernels import fused_library, peak_library
 from slidesparse.kernels.gemm_library import LIBRARY
 
 HEADERS = ("cuda_runtime_api.h", "crt/host_defines.h", "cublasLt.h", "cusparse.h", "cusparseLt.h")
@@ -27,6 +30,14 @@ HEADERS = ("cuda_runtime_api.h", "crt/host_defines.h", "cublasLt.h", "cusparse.h
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120", "121")
 """What device code is compiled for: Ampere, Ada, Hopper with its own instructions, Blackwell large and small."""
 DEVICE_SOURCES = ("device/peak.cu", "device/peak_wgmma.cu", "device/peak_mma_sync.cu", "src/status.cpp")
+HOPPER = "90a"
+FUSED_SOURCES = {
+    "fused/mma_sp.cu": ARCHITECTURES,
+    "fused/wgmma_gemm.cu": (HOPPER,),
+    "fused/fused.cu": (),
+    "src/status.cpp": (),
+}
+"""And the architectures that each has device code for."""
 NO_NVCC = (
     "no nvcc; install nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-nvvm, nvidia-cuda-runtime and nvidia-cuda-cccl of one "
     "CUDA release, or set CUDA_HOME"
@@ -91,20 +102,49 @@ def known_architectures(nvcc: Path) -> tuple[str, ...]:
 
 
 def nvcc_command(nvcc: Path, source: Path) -> list[str]:
-    """What every call of nvcc for csrc/device has in common."""
+    """What every call of nvcc has in common."""
     folders = [f"-I{source / folder}" for folder in ("include", "src")]
     return [str(nvcc), "-std=c++17", "-O3", "-Xcompiler", "-Wall,-fPIC,-fvisibility=hidden", *folders]
 
 
 def build_device(source: Path, target: Path, nvcc: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> Path:
     """Compile csrc/device, CUDA runtime included. Raises SlideSparseError with the compiler's own first error."""
-    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
-    # NOTES: the packages' nvcc looks for the runtime in lib64/, where toolkits have it; the packages have lib/.
-    options = ["-shared", "--threads", "0", "-cudart", "static", f"-L{nvcc.parent.parent / 'lib'}"]
     sources = [str(source / name) for name in DEVICE_SOURCES]
     with files.atomic_path(target / peak_library.LIBRARY) as partial:
-        _run([*nvcc_command(nvcc, source), *options, *codes, "-o", str(partial), *sources])
+        _run([*_shared_library(nvcc, source), *_codes(architectures), "-o", str(partial), *sources])
     return target / peak_library.LIBRARY
+
+
+def build_fused(source: Path, target: Path, nvcc: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> Path:
+    """Compile csrc/fused, CUDA runtime included, each source for its own architectures and all at the same time.
+
+    Without Hopper among the architectures its kernels are empty. Raises SlideSparseError with the compiler's own first
+    error.
+    """
+    with tempfile.TemporaryDirectory() as room:
+
+        def compiled(name: str) -> str:
+            wanted = [each for each in FUSED_SOURCES[name] if each in architectures] or list(architectures[:1])
+            out = str(Path(room) / f"{Path(name).stem}.o")
+            options = ["--threads", "0", *_codes(tuple(wanted)), "-c", "-o", out]
+            _run([*nvcc_command(nvcc, source), *options, str(source / name)])
+            return out
+
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(compiled, FUSED_SOURCES))
+        with files.atomic_path(target / fused_library.LIBRARY) as partial:
+            _run([*_shared_library(nvcc, source), *_codes(architectures), "-o", str(partial), *objects])
+    return target / fused_library.LIBRARY
+
+
+def _codes(architectures: tuple[str, ...]) -> list[str]:
+    return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+
+
+def _shared_library(nvcc: Path, source: Path) -> list[str]:
+    # NOTES: the packages' nvcc looks for the runtime in lib64/, where toolkits have it; the packages have lib/.
+    runtime = ["-cudart", "static", f"-L{nvcc.parent.parent / 'lib'}"]
+    return [*nvcc_command(nvcc, source), "-shared", "--threads", "0", *runtime]
 
 
 def _run(command: list[str]) -> str:
@@ -119,15 +159,18 @@ def _run(command: list[str]) -> str:
 
 
 def main() -> int:
-    """Build both libraries, one whatever becomes of the other; say where they are and what was left out.
+    """Build all libraries, one whatever becomes of the others; say where they are and what was left out.
 
-    Returns the exit code: 1 when one could not be built (a microbenchmark without nvcc is no failure).
+    Returns the exit code: 1 when one could not be built (one that needs nvcc where there is none is no failure).
     """
     package, failed = Path(__file__).parent, 0
-    for part in (_gemm_library, _device_library):
+    said: set[str] = set()  # what one nvcc does not know, no library has: one line
+    for part in (_gemm_library, _device_library, _fused_library):
         try:
             for line in part(package.parent.parent / "csrc", package / "lib"):
-                print(line)
+                if line not in said:
+                    print(line)
+                said.add(line)
         except SlideSparseError as error:
             print(f"error: {error}", file=sys.stderr)
             failed = 1
@@ -139,11 +182,22 @@ def _gemm_library(source: Path, target: Path) -> list[str]:
 
 
 def _device_library(source: Path, target: Path) -> list[str]:
+    purpose = "the tensor-core rates of `slidesparse calibrate`"
+    return _by_nvcc(build_device, source, target, peak_library.LIBRARY, purpose)
+
+
+def _fused_library(source: Path, target: Path) -> list[str]:
+    return _by_nvcc(build_fused, source, target, fused_library.LIBRARY, "backend fused")
+
+
+def _by_nvcc(
+    build_it: Callable[[Path, Path, Path, tuple[str, ...]], Path], source: Path, target: Path, name: str, purpose: str
+) -> list[str]:
     nvcc = find_nvcc()
     if nvcc is None:
-        return [f"left out: {peak_library.LIBRARY}, for the tensor-core rates of `slidesparse calibrate`: {NO_NVCC}"]
+        return [f"left out: {name}, for {purpose}: {NO_NVCC}"]
     known = known_architectures(nvcc)
-    lines = [str(build_device(source, target, nvcc, known))]
+    lines = [str(build_it(source, target, nvcc, known))]
     if unknown := [f"sm_{name}" for name in ARCHITECTURES if name not in known]:
         lines.append(f"left out: {', '.join(unknown)}, which {nvcc} does not know")
     return lines
