@@ -20,7 +20,7 @@ SPARSE_CAPABILITY = (8, 0)
 DRIVER_FOR_CUDA = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 """Oldest Linux driver for each CUDA major version, minor-version compatibility included (CUDA compatibility guide)."""
 GPU_BACKENDS = tuple(name for name in get_args(Backend) if not name.startswith("cpu_"))
-LIBRARY_OF = {"cublaslt": "cublasLt", "fused": "cublasLt", "cusparselt": "cusparseLt"}
+LIBRARY_OF = {"cublaslt": "cublasLt", "cusparselt": "cusparseLt"}
 DISK_MARGIN = 1.1
 """Records, tokenisers, caches: below this multiple of the models' bytes there is a warning."""
 

@@ -8,10 +8,11 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.kernels import cutlass
-from slidesparse.kernels.backend import Weight
+from slidesparse.kernels.backend import Algorithm, Weight
 from slidesparse.kernels.compress import compress
 from slidesparse.kernels.cpu_activations import CpuActivations
 from slidesparse.kernels.cpu_dense import CpuDense
+from slidesparse.kernels.reference import accumulator, dequantise_bias
 from slidesparse.machine import Machine
 
 
@@ -31,6 +32,41 @@ class Double(CpuDense):
     def gemm(self, x: torch.Tensor, weight: Weight, algorithm: Any, out: torch.Tensor) -> torch.Tensor:
         self.rows.append(x.shape[0])
         return super().gemm(x, weight, algorithm, out)
+
+
+class FusedDouble(Double):
+    """A sparse backend that never runs without its epilogue. `off`: by what one element is wrong, by algorithm."""
+
+    scaled_only = True
+
+    def __init__(self) -> None:
+        super().__init__("fused", True)
+        self.off: dict[str, float] = {}
+
+    def algorithms(self, dtype: DType, m: int, n: int, k: int) -> tuple[Algorithm, ...]:
+        raise AssertionError("it has none without scales")
+
+    def scaled_algorithms(self, dtype: DType, m: int, n: int, k: int, bias: bool) -> tuple[Algorithm, ...]:
+        return super().algorithms(dtype, m, n, k)
+
+    def gemm_scaled(
+        self,
+        x: torch.Tensor,
+        scale_token: torch.Tensor,
+        weight: Weight,
+        scale_channel: torch.Tensor,
+        bias: torch.Tensor | None,
+        algorithm: Algorithm,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        acc = torch.empty(out.shape, dtype=accumulator(weight.dtype))
+        super().gemm(x, weight, algorithm, acc)
+        out.copy_(dequantise_bias(acc, scale_token, scale_channel, bias))
+        out.view(-1)[-1] *= 1 + self.off.get(algorithm.name, 0.0)
+        return out
+
+    def output(self, dtype: DType) -> torch.dtype:
+        return torch.bfloat16
 
 
 def scaled_product(

@@ -120,8 +120,8 @@ def test_every_fault_gets_its_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_bench(path)
     lines = str(caught.value).splitlines()
-    # 2:13 stands in two profiles, and in `kernels` and `paper`, which take it over from `bitnet-2b`
-    assert len([line for line in lines if "kernel_low.0" in line]) == 4
+    # 2:13 stands in two profiles, and in the three that take it over from `bitnet-2b`
+    assert len([line for line in lines if "kernel_low.0" in line]) == 5
     assert len([line for line in lines if "profiles.smoke.decode.output_len" in line]) == 1
     assert all(re.match(rf"{re.escape(str(path))}:\d+: \S+: ", line) for line in lines)
 
@@ -168,10 +168,9 @@ def test_odd_yaml_is_one_line(tmp_path: Path, text: str) -> None:
 
 def test_unknown_profile_lists_those_that_exist() -> None:
     bench = load_bench(ROOT / "bench.yaml")
-    with pytest.raises(
-        ConfigError, match=r"unknown profile 'fast'; bench.yaml has: smoke, bitnet-2b, kernels, bitnet-2b-tp2, paper"
-    ):
+    with pytest.raises(ConfigError) as caught:
         bench.profile("fast")
+    assert str(caught.value) == f"unknown profile 'fast'; bench.yaml has: {', '.join(bench.profiles)}"
 
 
 # -- what is accepted --------------------------------------------------------------------------------

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from gemm_doubles import CutlassDouble, scaled_product
+from gemm_doubles import CutlassDouble, FusedDouble, scaled_product
 from small_runs import MODEL, small_run, task
 
 from slidesparse import records
 from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.kernels import backend as backends
 from slidesparse.kernels import cutlass, operands
-from slidesparse.kernels.backend import Algorithm, Backend, Weight
+from slidesparse.kernels.backend import Backend
 from slidesparse.kernels.cpu_sparse import CpuSparse
 from slidesparse.kernels.reference import dequantise_bias
 from slidesparse.measure import kernel_bench, linear_bench
@@ -25,36 +24,6 @@ from slidesparse.plan import Variant
 from slidesparse.tuning import search
 
 PATTERN = Sparsity(8)
-
-
-class FusedDouble(CpuSparse):
-    """A sparse backend that never runs without its epilogue. `off`: added to one element, by one algorithm."""
-
-    name = "fused"
-    scaled_only = True
-    off = 0.0
-
-    def algorithms(self, dtype: DType, m: int, n: int, k: int) -> tuple[Algorithm, ...]:
-        raise AssertionError("it has none without scales")
-
-    def scaled_algorithms(self, dtype: DType, m: int, n: int, k: int, bias: bool) -> tuple[Algorithm, ...]:
-        return super().algorithms(dtype, m, n, k)
-
-    def gemm(self, x: torch.Tensor, weight: Weight, algorithm: Algorithm, out: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("it has none without scales")
-
-    def gemm_scaled(
-        self, x: Any, scale_token: Any, weight: Weight, scale_channel: Any, bias: Any, algorithm: Algorithm, out: Any
-    ) -> torch.Tensor:
-        acc = torch.empty(out.shape, dtype=super().output(weight.dtype))
-        super().gemm(x, weight, algorithm, acc)
-        out.copy_(dequantise_bias(acc, scale_token, scale_channel, bias))
-        if algorithm.name == "dot":
-            out[1, 2] *= 1 + self.off
-        return out
-
-    def output(self, dtype: DType) -> torch.dtype:
-        return torch.bfloat16
 
 
 @pytest.fixture
@@ -84,8 +53,8 @@ def test_a_fused_gemm_is_checked_with_its_scales(fused: FusedDouble, dtype: DTyp
         check = point.check(algorithm)
         assert check.verified == ("exact" if dtype is DType.INT8 else "within_bound"), check.text
         assert point.path(algorithm).endswith("scales fused")
-    fused.off = 0.05
-    wrong = next(algorithm for algorithm in point.algorithms() if algorithm.name == "dot")
+    wrong = point.algorithms()[1]
+    fused.off[wrong.name] = 0.05
     assert not point.check(wrong).ok
     assert not point.check(wrong, figures=False).ok
 

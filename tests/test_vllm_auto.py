@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gemm_doubles import CutlassDouble, Double, scaled_product
+from gemm_doubles import CutlassDouble, Double, FusedDouble, scaled_product
 from small_runs import MACHINE
 
 from slidesparse.dtypes import QUANTISED, DType
@@ -26,6 +26,7 @@ from slidesparse.vllm_plugin.linear_op import Prepared
 N, K, EPS = 48, 64, 1e-5
 CUBLASLT, CUTLASS, SPARSE = Variant("cublaslt"), Variant("cutlass"), Variant("cusparselt", Sparsity(8))
 DENSE = CUBLASLT, CUTLASS
+FUSED = Variant("fused", Sparsity(8))
 Times = Callable[[str, int], float]
 """Microseconds of a backend at M."""
 
@@ -60,6 +61,7 @@ def doubles(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     found: dict[str, Any] = {
         "cublaslt": Double("cublaslt", False),
         "cusparselt": Double("cusparselt", True),
+        "fused": FusedDouble(),
         "cutlass": CutlassDouble(),
     }
     monkeypatch.setattr("slidesparse.kernels.linear.backend", found.__getitem__)
@@ -319,8 +321,8 @@ def test_the_recipe_of_a_size_can_be_asked_for() -> None:
 def test_what_is_chosen_from(doubles: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sparsity = Sparsity(8)
     assert auto.at_hand(None, True, DType.INT8, MACHINE) == (list(DENSE), [])
-    assert auto.at_hand(sparsity, True, DType.INT8, MACHINE) == ([SPARSE, *DENSE], [])
-    assert auto.at_hand(sparsity, False, DType.INT8, MACHINE) == ([SPARSE], [])
+    assert auto.at_hand(sparsity, True, DType.INT8, MACHINE) == ([FUSED, SPARSE, *DENSE], [])
+    assert auto.at_hand(sparsity, False, DType.INT8, MACHINE) == ([FUSED, SPARSE], [])
 
     def missing(name: str) -> Any:
         def refuse(*given: Any) -> None:
@@ -328,11 +330,33 @@ def test_what_is_chosen_from(doubles: dict[str, Any], monkeypatch: pytest.Monkey
 
         return refuse
 
+    monkeypatch.setattr(doubles["fused"], "require", missing("fused"))  # another GPU than Hopper
+    assert auto.at_hand(sparsity, False, DType.INT8, MACHINE) == ([SPARSE], ["fused is not here"])
     monkeypatch.setattr(doubles["cutlass"], "require", missing("cutlass"))
     assert auto.at_hand(None, True, DType.INT8, MACHINE) == ([CUBLASLT], ["cutlass is not here"])
     monkeypatch.setattr(doubles["cublaslt"], "require", missing("cublaslt"))
     with pytest.raises(UnsupportedHere, match="nothing to choose from: cublaslt is not here; cutlass is not here"):
         auto.at_hand(None, True, DType.INT8, MACHINE)
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+def test_our_own_sparse_gemm_is_one_of_the_candidates(doubles: dict[str, Any], dtype: DType) -> None:
+    """It has no form without scales; where it is wrong the library's takes its place."""
+    variants = FUSED, SPARSE, CUBLASLT
+
+    def us(name: str, m: int) -> float:
+        return {"fused": 1.0, "cusparselt": 2.0, "cublaslt": 3.0}[name]
+
+    ready = prepared(variants, us, sizes=(16,), dtype=dtype)
+    x = operands.activation(16, K, 1)
+    codes = codes_of(dtype, FUSED.sparsity)
+    assert verify.check_linear(x, run(x, ready), codes, ready.scale, None, dtype, 1e-3).ok
+    assert ran(ready) == {16: "fused 2:8"}
+    doubles["fused"].off = {name.name: 0.5 for name in doubles["fused"].scaled_algorithms(dtype, 16, N, K, False)}
+    linear_op._KINDS.clear()
+    ready = prepared(variants, us, sizes=(16,), dtype=dtype)
+    run(x, ready)
+    assert ran(ready) == {16: "cusparselt 2:8"}
 
 
 def test_sizes_without_settings() -> None:

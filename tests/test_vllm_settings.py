@@ -125,7 +125,7 @@ def test_what_is_selected(value: object, sparse: dict[str, Any] | None, expected
         (
             {"backend": "marlin"},
             None,
-            ["slidesparse.backend", "'vllm', 'cublaslt', 'cutlass', 'cusparselt' or 'auto'", "marlin"],
+            ["slidesparse.backend", "'vllm', 'cublaslt', 'cutlass', 'cusparselt', 'fused' or 'auto'", "marlin"],
         ),
         ({"backend": "cpu_dense"}, None, ["slidesparse.backend"]),
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -35,8 +35,9 @@ from slidesparse.tuning.store import kernel_versions
 
 Rival = tuple[str, Call]
 """Path and prepared call of what a point is timed beside."""
-ENGINES_OWN = "cutlass"
-"""vLLM's dense GEMM, which has no form without scales."""
+DENSE_RIVALS, SPARSE_RIVALS = ("cutlass",), ("cusparselt",)
+"""What a GEMM with its epilogue is timed beside wherever it can run: vLLM's dense GEMM, which has no form without
+scales, and the library's sparse one."""
 DENSE_LEADERS = 2
 """Dense algorithms that are timed beside the sparse leaders, the winner of task 6 among them or one more."""
 
@@ -184,8 +185,8 @@ class _Table:
         dense = backend(self._run.plan.profile.backends.dense[0])
         dense.require(self._run.machine, cell.dtype)
         if side.scaled_only:
-            return [rival for name in _dense_at_hand(self._run, cell.dtype) for rival in self._whole(
-                cell, backend(name), None, product, weight)]  # fmt: skip
+            names = self._at_hand((*self._run.plan.profile.backends.dense, *DENSE_RIVALS), cell.dtype)
+            return [rival for name in names for rival in self._whole(cell, name, None, product, weight)]
         point = GemmPoint(dense, self._packed(cell, dense, None, weight), product, None)
         clock = clock_of(dense)
         candidates, _ = point.candidates(self._losses)
@@ -198,16 +199,32 @@ class _Table:
         return [(point.path(one), clock.prepare(point.calls(one))) for one in chosen.values()]
 
     def _two_kernels(self, cell: KernelCell, side: Backend, product: Product, weight: LayerWeight) -> list[Rival]:
-        """For a GEMM with its epilogue: the profile's other sparse GEMMs, scales behind them, on the same weight."""
-        names = self._run.plan.profile.backends.sparse if side.scaled_only else ()
-        others = [backend(name) for name in names if name != side.name]
-        return [rival for other in others for rival in self._whole(
-            cell, other, cell.variant.sparsity, product, weight)]  # fmt: skip
+        """For a GEMM with its epilogue: sparse GEMMs without, with a kernel for it behind them, on the same weight."""
+        if not side.scaled_only or cell.variant.sparsity is None:
+            return []
+        names = self._at_hand((*self._run.plan.profile.backends.sparse, *SPARSE_RIVALS), cell.dtype)
+        sparsity = cell.variant.sparsity
+        return [rival for name in names for rival in self._whole(cell, name, sparsity, product, weight)]
+
+    def _at_hand(self, names: Iterable[str], dtype: DType) -> list[str]:
+        """Those that this machine can run, but for sparse ones that are no two kernels."""
+        found = []
+        for name in dict.fromkeys(names):
+            try:
+                side = backend(name)
+                side.require(self._run.machine, dtype)
+            except UnsupportedHere as error:
+                self._run.log.info("not among the rivals: %s", error)
+                continue
+            if not (side.sparse and side.scaled_only):
+                found.append(name)
+        return found
 
     def _whole(
-        self, cell: KernelCell, side: Backend, sparsity: Sparsity | None, product: Product, weight: LayerWeight
+        self, cell: KernelCell, name: str, sparsity: Sparsity | None, product: Product, weight: LayerWeight
     ) -> list[Rival]:
         """The leading algorithm of another backend, with its whole epilogue, checked. None where it has none."""
+        side = backend(name)
         point = whole_point(side, self._packed(cell, side, sparsity, weight), product, sparsity)
         candidates, _ = point.candidates(self._losses)
         places = leading([candidate.calls for candidate in candidates], clock_of(side), 1)
@@ -280,19 +297,6 @@ class _Table:
         if sparsity is not None:
             lines.append(f"Sparsity: {sparsity.slug} (K_factor={sparsity.expansion:.3f})")
         return [*lines, f"Run: {run.run_id}", f"Time: {datetime.now(UTC).isoformat(timespec='seconds')}"]
-
-
-def _dense_at_hand(run: Run, dtype: DType) -> list[str]:
-    """Dense backends that can run here: the profile's, and the engine's own GEMM where vLLM is installed."""
-    found = []
-    for name in dict.fromkeys((*run.plan.profile.backends.dense, ENGINES_OWN)):
-        try:
-            backend(name).require(run.machine, dtype)
-        except UnsupportedHere as error:
-            run.log.info("not among the dense rivals: %s", error)
-        else:
-            found.append(name)
-    return found
 
 
 def _against(

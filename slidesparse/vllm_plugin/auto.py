@@ -36,7 +36,7 @@ from slidesparse.vllm_plugin.buckets import bucket
 from slidesparse.vllm_plugin.kinds import Plan, Way
 
 DENSE = ("cublaslt", "cutlass")
-SPARSE = ("cusparselt",)
+SPARSE = ("fused", "cusparselt")
 """What it chooses from."""
 ROUNDS = 7
 """Odd, so that the median is one of the samples."""

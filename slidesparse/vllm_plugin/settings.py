@@ -28,7 +28,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    backend: Literal["vllm", "cublaslt", "cutlass", "cusparselt", "auto"] | None = None
+    backend: Literal["vllm", "cublaslt", "cutlass", "cusparselt", "fused", "auto"] | None = None
     """None: as the checkpoint says."""
     sparsity: Pattern | None = None
     """None: as the checkpoint says. A dense checkpoint may be run with any pattern that its weights keep to."""
@@ -94,7 +94,7 @@ def select(additional: object, section: object, where: str) -> Selection | None:
     key = f"additional_config.{SECTION}"
     if name is None:
         raise ConfigError(
-            f"{key}.backend: missing, and {where} is dense; choose vllm, cublaslt, cutlass, cusparselt or auto"
+            f"{key}.backend: missing, and {where} is dense; choose vllm, cublaslt, cutlass, cusparselt, fused or auto"
         )
     if settings.tuning is not None and not settings.tuning.is_file():
         raise ConfigError(f"{key}.tuning: {settings.tuning} is not there; give winners.json of a run, or leave it out")
