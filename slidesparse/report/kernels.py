@@ -49,6 +49,8 @@ class KernelBlock:
     shares: bool
     """Latencies carry the share of the attainable rate that they reach."""
     ratios: Table
+    epilogue: Table
+    """Ratios of the library's sparse GEMM and a second kernel over a GEMM with its epilogue; empty without such."""
     algorithms: Table
     not_run: int
     facts: list[str]
@@ -127,6 +129,7 @@ def _block(view: View, group: Group, frame: pd.DataFrame, planned: set[Key]) -> 
         latency=Table([grid.head, "latency, µs", *grid.columns], once(latency), left=2),
         shares=any("%" in cell for line in latency for cell in line[2:]),
         ratios=_ratios(view, group, grid),
+        epilogue=_epilogue(grid, variants, rows, noise),
         algorithms=Table([grid.head, "best algorithm", *grid.columns], once(algorithms), left=2),
         not_run=len(planned - set(rows)),
         facts=_facts(view, frame),
@@ -205,6 +208,25 @@ def _ratios(view: View, group: Group, grid: _Grid) -> Table:
             found = [cells.get((backend, sparsity, *points[column]), "") for column in grid.columns]
             rows.append([line, compare.label(backend, sparsity), *bounds, *found])
     return Table([*head, *(["attainable"] if attainable else []), *grid.columns], once(rows), left=2)
+
+
+def _epilogue(
+    grid: _Grid, variants: list[tuple[str, str]], rows: Mapping[Key, pd.Series], noise: Mapping[Key, bool]
+) -> Table:
+    def cell(key: Key) -> str:
+        row = rows.get(key)
+        if row is None or row["status"] != "ok" or not row["over_two_kernels"] > 0:
+            return ""
+        marks = {"noisy": noise.get(key, False), "host_bound": False, "checked": row["verified"] in compare.CHECKED}
+        return ratio_cell(pd.Series(compare.paired(row, "over_two_kernels") | marks))
+
+    lines = []
+    for line, points in grid.lines.items():
+        for variant in variants:
+            cells = [cell((*variant, *points[column])) for column in grid.columns]
+            if any(cells):
+                lines.append([line, compare.label(*variant), *cells])
+    return Table([grid.head, "against two kernels", *grid.columns], once(lines), left=2)
 
 
 def _attainable(view: View, dtype: str, sparsity: str, points: Iterable[Point]) -> str:
