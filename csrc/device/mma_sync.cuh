@@ -37,8 +37,8 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit values (rows of 16 bytes): lane l names row l % 8 of matrix l / 8 in shared memory, and gets
-// 4 bytes at l % 4 * 4 of row l / 4 of each. One instruction instead of four loads with bank conflicts.
+// Four 8x8 matrices of 16-bit values (rows of 16 bytes): lane l names row l % 8 of matrix l / 8 in shared memory, and
+// gets 4 bytes at l % 4 * 4 of row l / 4 of each. One instruction instead of four loads with bank conflicts.
 __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

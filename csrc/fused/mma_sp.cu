@@ -35,14 +35,16 @@ Entry entry() {
           Int8::kThreads, Int8::kShared, sparse_gemm<Int8>, sparse_gemm<Fp8>};
 }
 
-// From many tokens to few. The first has the fewest bytes for an operation; the second leaves room for two blocks on a
-// multiprocessor, so that one multiplies while the other writes. Those that split K have 40 KB or more on their way from
-// memory, which is what it takes to be bound by its bandwidth and not by its latency.
+// From many tokens to few. The first has the fewest bytes for an operation; the next three leave room for more than one
+// block on a multiprocessor, so that one multiplies while another meets or writes (128x128: with four stages two on
+// sm_80, with three also where there are only 100 KB). Those that split K have 27 to 60 KB on their way from memory, which
+// is what it takes to be bound by its bandwidth and not by its latency; the narrow ones are for few channels.
 const std::vector<Entry>& entries() {
   static const std::vector<Entry> all = {
-      entry<256, 128, 4, 2, 1, 64, 5>(), entry<128, 128, 2, 2, 1, 64, 3>(), entry<128, 64, 2, 2, 1, 64, 4>(),
-      entry<64, 64, 1, 2, 4, 256, 3>(),  entry<32, 64, 1, 2, 4, 256, 4>(),  entry<64, 32, 1, 1, 8, 512, 2>(),
-      entry<32, 32, 1, 1, 8, 512, 3>(),  entry<64, 16, 1, 1, 8, 512, 3>(),  entry<32, 16, 1, 1, 8, 512, 4>(),
+      entry<256, 128, 4, 2, 1, 64, 5>(), entry<128, 128, 2, 2, 1, 64, 4>(), entry<128, 128, 2, 2, 1, 64, 3>(),
+      entry<128, 64, 2, 2, 1, 64, 4>(),  entry<64, 64, 2, 2, 2, 128, 6>(),  entry<32, 64, 2, 2, 2, 128, 8>(),
+      entry<64, 32, 2, 1, 4, 256, 5>(),  entry<32, 32, 2, 1, 4, 256, 6>(),  entry<16, 32, 1, 1, 4, 256, 4>(),
+      entry<64, 16, 2, 1, 4, 256, 6>(),  entry<32, 16, 2, 1, 4, 256, 8>(),  entry<16, 16, 1, 1, 4, 256, 6>(),
   };
   return all;
 }
@@ -108,27 +110,26 @@ std::vector<ss_fused_config> mma_configs(int capability, const ss_fused_problem&
   if (capability < 80) throw Unsupported("mma.sp needs compute capability 8.0 (Ampere), this is " + here);
   if (p.type == SS_FP8_E4M3 && capability < 89)
     throw Unsupported("FP8E4M3 needs compute capability 8.9 (Ada), this is " + here);
-  // A tile may be up to half empty, the smallest quite; small ones are for where large ones leave a GPU idle.
+  // More than half of a tile is to be used, unless there is no smaller; those that split K are for few tokens: up to 32
+  // in tiles of 16, 128 in tiles of 32, 512 in tiles of 64.
   constexpr int kFewest = 16;
   std::vector<ss_fused_config> found;
   for (int index = 0; index < int(entries().size()); ++index) {
     const Entry& entry = entries()[index];
-    const bool wanted = entry.warps_k > 1 ? p.m <= 8 * entry.tokens : p.m > entry.tokens / 2;
-    if (!wanted || (entry.tokens > kFewest && entry.tokens >= 2 * p.m)) continue;
-    const int token_tiles = tiles(p.m, entry.tokens);
+    if (entry.tokens > kFewest && p.m <= entry.tokens / 2) continue;
+    if (entry.warps_k > 1 && p.m > entry.tokens * entry.tokens / 8) continue;
     for (const int group : {8, 16}) {
-      if (group > 8 && token_tiles <= 8) continue;
+      if (group > 8 && tiles(p.m, entry.tokens) <= 8) continue;
       const ss_fused_config config = config_of(index, group);
       if (obstacle(p, config).empty()) found.push_back(config);
     }
   }
-  // First the tile whose blocks come nearest to some 100 multiprocessors, each with one.
-  const auto blocks = [&](const ss_fused_config& c) { return int64_t(tiles(p.n, c.channels)) * tiles(p.m, c.tokens); };
-  const auto distance = [&](const ss_fused_config& c) {
-    constexpr int64_t kMultiprocessors = 100;
-    return blocks(c) >= kMultiprocessors ? 0 : kMultiprocessors - blocks(c);
+  // The guess: 100 multiprocessors, each of which multiplies 4096 pairs a cycle and loads 40 bytes.
+  const auto cycles = [&](const ss_fused_config& c) {
+    const int64_t blocks = int64_t(tiles(p.n, c.channels)) * tiles(p.m, c.tokens), waves = (blocks + 99) / 100;
+    return double(waves) * std::max(c.channels * c.tokens / 4096., (c.tokens + c.channels * 5 / 8.) / 40);
   };
-  std::stable_sort(found.begin(), found.end(), [&](const auto& a, const auto& b) { return distance(a) < distance(b); });
+  std::stable_sort(found.begin(), found.end(), [&](const auto& a, const auto& b) { return cycles(a) < cycles(b); });
   return found;
 }
 

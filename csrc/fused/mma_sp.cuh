@@ -1,4 +1,4 @@
-// sm_80 and later: out[m, n] = bf16((acc[m, n] * token_scale[m]) * channel_scale[n] + bias[n]) for 2:4 weights of 8 bits.
+// sm_80 and later: out[m, n] = bf16((acc[m, n] * token_scale[m]) * channel_scale[n] + bias[n]), weights 2:4 of 8 bits.
 //
 // The tensor cores' operand a is the weight (it is the one that may be sparse), b are the tokens: a block makes a tile
 // of out^T, [channels, tokens], and writes it the right way round.
@@ -10,9 +10,9 @@
 // and its weights are all there is to wait for) along K: each of those multiplies other steps of every stage, and one
 // of them adds up the others' sums at the end, always in the same order.
 //
-// A step is 64 of the lifted K, one instruction for each 16 channels and 8 tokens. Weights are packed so that a thread's
-// registers of operand a lie together (kernels/fused_pack_mma.py); tokens are rows, swizzled so that neither copies nor
-// ldmatrix meet bank conflicts.
+// A step is 64 of the lifted K, one instruction for each 16 channels and 8 tokens. Weights are packed so that registers
+// of operand a lie together, thread by thread (kernels/fused_pack_mma.py); tokens are rows, swizzled so that neither
+// copies nor ldmatrix meet bank conflicts.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -58,7 +58,7 @@ struct Tile {
   static_assert(StageK == 64 || StageK % 128 == 0, "the swizzle knows no other rows");
   static_assert(kThreads % kRowCopies == 0 && kRowsAtOnce % 8 == 0 && Tokens % kRowsAtOnce == 0,
                 "a thread's copies have one place in the swizzle");
-  static_assert(Stages >= 2 && kFinishedAt + Channels * Tokens * 2 <= kScalesAt && kShared <= kSharedBytes);
+  static_assert(Stages >= 3 && kFinishedAt + Channels * Tokens * 2 <= kScalesAt && kShared <= kSharedBytes);
 };
 
 // By value to the kernel.
@@ -172,40 +172,49 @@ __device__ void load_scales(const Params& p, const Place& at, uint8_t* shared) {
 
 // -- products ---------------------------------------------------------------------------------------------------------
 
-// This warp's steps of a stage. ldmatrix lays out 8 tokens as operand b: lane l names chunk l / 8 of token l % 8, and gets
-// 4 bytes of token l / 4 of every chunk. The next 8 tokens are fetched while these are multiplied.
+// What a warp holds of a step before it multiplies: all of its weights, and its first 8 tokens.
 template <class T>
-__device__ void multiply_stage(const Warp<T>& w, const uint8_t* stage, int steps_left,
-                               typename T::Sum (&d)[T::kBlocks][T::kGroups][4]) {
-  const uint8_t* weights = stage + T::kTokenBytes + w.channel / kBlockRows * kBlockBytes;
+struct Fragments {
+  uint32_t a[T::kBlocks][4], metadata[T::kBlocks], b[4];
+};
+
+// Where ldmatrix finds 8 tokens of a step as operand b: lane l names chunk l / 8 of token l % 8, and gets 4 bytes of
+// token l / 4 of every chunk.
+template <class T>
+__device__ const uint8_t* tokens_at(const Warp<T>& w, const uint8_t* stage, int step, int group) {
+  return stage + token_place<T>(w.token + group * kGroup + w.lane % 8, step * 4 + w.lane / 8);
+}
+
+template <class T>
+__device__ void fetch(const Warp<T>& w, const uint8_t* stage, int step, Fragments<T>& f) {
+  mma_sync::load_matrices(f.b, tokens_at(w, stage, step, 0));
+  const uint8_t* weights = stage + T::kTokenBytes + step * T::kStepBytes + w.channel / kBlockRows * kBlockBytes;
 #pragma unroll
-  for (int own = 0; own < T::kOwnSteps; ++own) {
-    const int step = own * T::WarpsK + w.k;
-    if (T::kSteps > kPackedSteps && step >= steps_left) break;
-    const auto tokens = [&](int group) {
-      return stage + token_place<T>(w.token + group * kGroup + w.lane % 8, step * 4 + w.lane / 8);
-    };
-    uint32_t a[T::kBlocks][4], metadata[T::kBlocks], b[2][4];
-    mma_sync::load_matrices(b[0], tokens(0));
-#pragma unroll
-    for (int i = 0; i < T::kBlocks; ++i) {
-      const uint8_t* block = weights + step * T::kStepBytes + i * kBlockBytes;
-      const uint4 values = *reinterpret_cast<const uint4*>(block + w.lane * 16);
-      a[i][0] = values.x, a[i][1] = values.y, a[i][2] = values.z, a[i][3] = values.w;
-      metadata[i] = *reinterpret_cast<const uint32_t*>(block + kValueBytes + w.lane * 4);
-    }
-#pragma unroll
-    for (int group = 0; group < T::kGroups; ++group) {
-      if (group + 1 < T::kGroups) mma_sync::load_matrices(b[(group + 1) % 2], tokens(group + 1));
-#pragma unroll
-      for (int i = 0; i < T::kBlocks; ++i)
-        mma_sync::Instruction<T::Type, true>::issue(d[i][group], a[i], b[group % 2], metadata[i]);
-    }
+  for (int i = 0; i < T::kBlocks; ++i) {
+    const uint8_t* block = weights + i * kBlockBytes;
+    const uint4 values = *reinterpret_cast<const uint4*>(block + w.lane * 16);
+    f.a[i][0] = values.x, f.a[i][1] = values.y, f.a[i][2] = values.z, f.a[i][3] = values.w;
+    f.metadata[i] = *reinterpret_cast<const uint32_t*>(block + kValueBytes + w.lane * 4);
   }
 }
 
-// All stages through the ring. One meeting a stage: it says that the copies of all threads have arrived, and that all
-// have read the stage before, whose place the next copies take.
+// The next 8 tokens are fetched while these are multiplied.
+template <class T>
+__device__ void multiply(const Warp<T>& w, const uint8_t* stage, int step, const Fragments<T>& f,
+                         typename T::Sum (&d)[T::kBlocks][T::kGroups][4]) {
+  uint32_t b[2][4] = {{f.b[0], f.b[1], f.b[2], f.b[3]}};
+#pragma unroll
+  for (int group = 0; group < T::kGroups; ++group) {
+    if (group + 1 < T::kGroups) mma_sync::load_matrices(b[(group + 1) % 2], tokens_at(w, stage, step, group + 1));
+#pragma unroll
+    for (int i = 0; i < T::kBlocks; ++i)
+      mma_sync::Instruction<T::Type, true>::issue(d[i][group], f.a[i], b[group % 2], f.metadata[i]);
+  }
+}
+
+// All stages through the ring. Fragments are one step ahead, across stages too: the tensor cores have work while the
+// block meets. One meeting a stage, before the last step of the stage before: it says that the copies of all threads have
+// arrived, and that all have read the stage before that one, whose place the next copies take.
 template <class T>
 __device__ void multiply_tile(const Params& p, const Place& at, const Warp<T>& w, uint8_t* shared,
                               typename T::Sum (&d)[T::kBlocks][T::kGroups][4]) {
@@ -217,17 +226,35 @@ __device__ void multiply_tile(const Params& p, const Place& at, const Warp<T>& w
     mma_sync::commit_copies();  // also where there are none: groups are counted
   }
   load_scales<T>(p, at, shared);
+  mma_sync::wait_copies<T::Stages - 2>();
+  __syncthreads();
+  // Of the last stage some steps may not be packed: nobody fetches or multiplies them.
+  const auto exists = [&](int stage, int own) {
+    return T::kSteps <= kPackedSteps ? stage < stages : stage * T::kSteps + own * T::WarpsK + w.k < p.steps;
+  };
+  Fragments<T> now, next;
+  if (exists(0, 0)) fetch<T>(w, shared, w.k, now);
   int reading = 0, writing = T::Stages - 1;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-    mma_sync::wait_copies<T::Stages - 2>();
-    __syncthreads();
-    const int next = stage + T::Stages - 1;
-    if (next < stages) loader.load(next, shared + writing * T::kStage);
-    mma_sync::commit_copies();
-    multiply_stage<T>(w, shared + reading * T::kStage, p.steps - stage * T::kSteps, d);
+    const uint8_t* here = shared + reading * T::kStage;
     reading = reading + 1 == T::Stages ? 0 : reading + 1;
-    writing = writing + 1 == T::Stages ? 0 : writing + 1;
+#pragma unroll
+    for (int own = 0; own < T::kOwnSteps; ++own) {
+      if (own + 1 < T::kOwnSteps) {
+        if (exists(stage, own + 1)) fetch<T>(w, here, (own + 1) * T::WarpsK + w.k, next);
+      } else {
+        mma_sync::wait_copies<T::Stages - 3>();
+        __syncthreads();
+        if (exists(stage + 1, 0)) fetch<T>(w, shared + reading * T::kStage, w.k, next);
+        const int ahead = stage + T::Stages - 1;
+        if (ahead < stages) loader.load(ahead, shared + writing * T::kStage);
+        mma_sync::commit_copies();
+        writing = writing + 1 == T::Stages ? 0 : writing + 1;
+      }
+      if (exists(stage, own)) multiply<T>(w, here, own * T::WarpsK + w.k, now, d);
+      now = next;
+    }
   }
   __syncthreads();  // the stages are free
 }
@@ -302,11 +329,12 @@ __device__ void write_tile(const Params& p, const Place& at, const Warp<T>& w, u
     for (int group = 0; group < T::kGroups; ++group) {
       const float2 scale = *reinterpret_cast<const float2*>(token_scales + group * kGroup + two);
       const typename T::Sum(&sums)[4] = d[i][group];
-      const uint32_t first = mma_sync::transposed(two_bf16(finished(sums[0], scale.x, low), finished(sums[1], scale.y, low)));
-      const uint32_t second = mma_sync::transposed(two_bf16(finished(sums[2], scale.x, high), finished(sums[3], scale.y, high)));
+      const uint32_t first = two_bf16(finished(sums[0], scale.x, low), finished(sums[1], scale.y, low));
+      const uint32_t second = two_bf16(finished(sums[2], scale.x, high), finished(sums[3], scale.y, high));
+      uint8_t* to = tile + two * 2;
       const int token = group * kGroup + quad;
-      *reinterpret_cast<uint32_t*>(tile + finished_place<T>(token, 2 * i) + two * 2) = first;
-      *reinterpret_cast<uint32_t*>(tile + finished_place<T>(token, 2 * i + 1) + two * 2) = second;
+      *reinterpret_cast<uint32_t*>(to + finished_place<T>(token, 2 * i)) = mma_sync::transposed(first);
+      *reinterpret_cast<uint32_t*>(to + finished_place<T>(token, 2 * i + 1)) = mma_sync::transposed(second);
     }
   }
   __syncwarp();
