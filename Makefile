@@ -13,6 +13,13 @@ VENV ?= .venv
 # An environment that is used as it is, nothing installed: set in the images.
 BAKED ?= $(SLIDESPARSE_BAKED)
 CONFIRM ?=
+ENGINE ?= docker
+BASE_IMAGE ?=
+PLATFORM ?= $(subst arm64,aarch64,$(shell uname -m))
+BUILD_FLAGS ?=
+RUN_FLAGS ?=
+GPU_FLAGS ?=
+IMAGE ?= slidesparse:$(PLATFORM)
 
 ENVIRONMENT := $(if $(BAKED),$(BAKED),$(VENV))
 RUN := $(ENVIRONMENT)/bin/python -m slidesparse --config "$(CONFIG)" --profile "$(PROFILE)" --data "$(DATA)" \
@@ -22,7 +29,7 @@ SETUP := VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH
 COMMANDS := all prepare convert tune prefill decode throughput kernel linear calibrate report plan status doctor
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: $(COMMANDS) env env-dev test lint format lock clean help
+.PHONY: $(COMMANDS) env env-dev test lint format lock clean help image image-test image-save
 
 ##@ The whole run
 all:      ## all tasks, then the report; run again to resume
@@ -49,9 +56,10 @@ $(COMMANDS): env
 test: env-dev ## the test-suite (ARGS="tests/test_config.py -k line", ARGS=--slow)
 	@$(ENVIRONMENT)/bin/python -m pytest $(ARGS)
 
-lint: env-dev ## ruff and mypy; each runs, whatever the others say
+lint: env-dev ## ruff, mypy, hadolint, shellcheck; each runs, whatever the others say
 	@failed=0; \
-	for tool in "ruff check" "ruff format --check" mypy; do \
+	for tool in "ruff check" "ruff format --check" mypy "hadolint Dockerfile.x86_64 Dockerfile.aarch64" \
+	  "shellcheck docker/*.sh deploy/*.sh requirements/*.sh .ci/run"; do \
 	  echo "$$tool"; $(ENVIRONMENT)/bin/$$tool || failed=1; \
 	done; exit $$failed
 
@@ -64,6 +72,16 @@ lock: env-dev ## pin again: requirements/*.in -> *.lock
 
 clean: ## remove the environment and caches; CONFIRM=checkpoints or CONFIRM=results removes those instead
 	@VENV="$(VENV)" DATA="$(DATA)" requirements/clean.sh "$(CONFIRM)"
+
+##@ Images (docs/containers.md)
+image: ## build the image for PLATFORM (x86_64, aarch64)
+	@ENGINE="$(ENGINE)" BASE_IMAGE="$(BASE_IMAGE)" BUILD_FLAGS="$(BUILD_FLAGS)" docker/build.sh "$(PLATFORM)" "$(IMAGE)"
+
+image-test: ## what the image must hold and must not, then smoke and the tests in it: not root, read-only, no network
+	@ENGINE="$(ENGINE)" RUN_FLAGS="$(RUN_FLAGS)" GPU_FLAGS="$(GPU_FLAGS)" docker/test.sh "$(IMAGE)"
+
+image-save: ## the image as a file, for hosts without a registry (OUT=FILE)
+	@ENGINE="$(ENGINE)" docker/save.sh "$(IMAGE)" "$(OUT)"
 
 ##@ Environment
 env: ## make the environment (every target does that by itself)
@@ -95,4 +113,11 @@ help: ## this list
 	  TORCH 'auto, cpu or cuda: which pinned torch' \
 	  TORCH_INDEX 'one more package index for torch, e.g. that of its CPU builds' \
 	  VENV 'folder of the environment (default: .venv)' \
-	  BAKED 'an environment to use as it is (set in the images)'
+	  BAKED 'an environment to use as it is (set in the images)' \
+	  ENGINE 'docker or podman' \
+	  PLATFORM 'x86_64 or aarch64: of the image (default: this machine)' \
+	  IMAGE 'its name (default: slidesparse:PLATFORM)' \
+	  BASE_IMAGE 'another base for it: Debian or Ubuntu' \
+	  BUILD_FLAGS 'more options of ENGINE build, e.g. --network host' \
+	  RUN_FLAGS 'more options of ENGINE run in image-test' \
+	  GPU_FLAGS 'how a container gets the GPUs, e.g. --gpus all'

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Regenerates base.lock, dev.lock and vllm.lock (hash-pinned, Python 3.11 and 3.12, x86_64 and aarch64).
+# Regenerates base.lock, dev.lock and vllm.lock (hash-pinned, Python 3.11 and 3.12, x86_64 and aarch64), and the images'
+# image-x86_64.lock, image-aarch64.lock (one CPU architecture each, torch included) and sbom.lock.
 # torch and the CUDA packages that it brings are left out: which build fits depends on the machine,
 # so torch-cpu.txt and torch-cuda.txt pin them apart. dev.lock has those that dev.in names itself, nvcc's own.
 set -euo pipefail
@@ -22,3 +23,14 @@ done
 vllm=()
 for package in "${skip[@]}" nvidia-cuda-crt nvidia-cuda-nvcc nvidia-nvvm; do vllm+=(--no-emit-package "$package"); done
 "$uv" pip compile "${arguments[@]}" "${vllm[@]}" -c torch-cuda.txt vllm.in -o vllm.lock
+# The same versions as elsewhere, but for CUDA's own packages (nvcc in image.in wants others than vLLM's tools ask for)
+# and those few that have one for each Python.
+versions=$(mktemp)
+trap 'rm -f "$versions"' EXIT
+cat base.lock vllm.lock | grep -oE '^[a-z0-9._-]+==[^ ;]+' | grep -vE '^(nvidia|cuda)-' | sort -u |
+  awk -F== '{count[$1]++; last[$1] = $0} END {for (name in last) if (count[name] == 1) print last[name]}' >"$versions"
+for cpu in x86_64 aarch64; do
+  "$uv" pip compile --quiet --python-platform "$cpu-manylinux_2_35" --python-version 3.11 --generate-hashes \
+    --custom-compile-command "make lock" -c "$versions" image.in -o "image-$cpu.lock"
+done
+"$uv" pip compile "${arguments[@]}" sbom.in -o sbom.lock

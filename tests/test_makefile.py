@@ -231,16 +231,19 @@ def test_a_baked_environment_that_is_not_there(checkout: Checkout) -> None:
     assert "BAKED=/nowhere holds no bin/python" in done.stderr
 
 
-@pytest.mark.parametrize(("fails", "code"), [("none", 0), ("check", 2), ("format", 2), ("mypy", 2)])
+@pytest.mark.parametrize(
+    ("fails", "code"), [("none", 0), ("check", 2), ("format", 2), ("mypy", 2), ("hadolint", 2), ("shellcheck", 2)]
+)
 def test_lint_runs_every_tool_and_tells_the_truth(checkout: Checkout, fails: str, code: int) -> None:
     checkout("make", "env-dev")
-    for name in ("ruff", "mypy"):
+    for name in ("ruff", "mypy", "hadolint", "shellcheck"):
         tool = checkout.root / ".venv" / "bin" / name
         tool.write_text(f'#!/bin/sh\ncase "${{0##*/}} $*" in *{fails}*) exit 1;; esac\n')
         tool.chmod(0o755)
     done = checkout("make", "lint")
     assert done.returncode == code
-    assert done.stdout.splitlines() == ["ruff check", "ruff format --check", "mypy"]
+    tools = [line.partition(" ")[0] for line in done.stdout.splitlines()]
+    assert tools == ["ruff", "ruff", "mypy", "hadolint", "shellcheck"]
 
 
 def test_clean_keeps_models_and_results(checkout: Checkout) -> None:

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The project into the environment: as a link to /opt/slidesparse, which also holds Makefile, bench.yaml and tests.
+set -euo pipefail
+
+cd /opt/slidesparse
+/opt/venv/bin/python -m pip install --disable-pip-version-check --no-input -q --no-deps --no-build-isolation --no-compile \
+  --no-index --editable .
+rm -rf build ./*.egg-info
+find /opt/venv -name direct_url.json -delete
+/opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash slidesparse tests >/dev/null
+/opt/venv/bin/python -c "import slidesparse, slidesparse.kernels.fused_library as f; f.load()"
