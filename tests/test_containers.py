@@ -90,8 +90,9 @@ def test_the_engines_own_checks_find_nothing() -> None:
         pytest.skip("no container engine answers")
     for cpu in CPUS:
         done = subprocess.run(
-            [docker, "build", "--check", "-f", f"Dockerfile.{cpu}", "."], cwd=ROOT, capture_output=True, text=True
-        )
+            [docker, "build", "--check", "--build-arg", "BASE_IMAGE=scratch", "-f", f"Dockerfile.{cpu}", "."],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 
 
