@@ -29,7 +29,7 @@ def library(nvcc: Path, tmp_path_factory: pytest.TempPathFactory) -> FusedLibrar
 
 
 Tile = tuple[int, ...]
-"""Type, Channels, Tokens, warps along channels, tokens, K, StageK, Stages: what a kernel's template was given."""
+"""Type, Channels, Tokens, warps along channels, tokens and K, Stages: what a kernel's template was given."""
 
 
 def compiled(nvcc: Path, name: str, architecture: str, folder: Path) -> tuple[str, dict[Tile, tuple[int, int]]]:  # noqa: F811

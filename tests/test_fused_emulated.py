@@ -146,14 +146,17 @@ def test_ldmatrix_meets_no_bank_conflict(library: EmulatedLibrary) -> None:
     assert library.conflicts() == 0
 
 
-MEETING = "        __syncthreads();\n"
 FAULTS = {
     "copies are not waited for": ("wait_copies<T::Stages - 3>", "wait_copies<T::Stages - 1>"),
-    "nobody waits for the last reader": (MEETING + "        if (exists", "        if (exists"),
+    "nobody waits for the last reader": (
+        "    __syncthreads();\n    fetch<T>(w, shared + reading",
+        "    fetch<T>(w, shared + reading",
+    ),
     "stages are not free yet": ("  __syncthreads();  // the stages are free\n", ""),
-    "reads tokens that are not there": ("inside && (there >> i & 1)", "true"),
-    "K beyond its end": ("const bool inside = k + chunk * 16 < p.k;", "const bool inside = true;"),
-    "steps that are not packed": ("stage * T::kSteps + own * T::WarpsK + w.k < p.steps", "stage < stages"),
+    "reads tokens that are not there": ("k < p.k && (there >> i & 1)", "k < p.k"),
+    "K beyond its end": ("k < p.k && (there >> i & 1)", "there >> i & 1"),
+    "copies steps that are not packed": ("stage * T::WarpsK + weight_step(i) < p.steps", "true"),
+    "multiplies steps that are not packed": ("stage * T::WarpsK + w.k < p.steps", "true"),
     "writes channels that are not there": ("token < p.m && channel < p.n", "token < p.m"),
     "sums of others are not waited for": ("  __syncthreads();\n  if (w.k > 0) return", "  if (w.k > 0) return"),
     "finished tile is not whole": ("  __syncwarp();\n", ""),

@@ -27,24 +27,24 @@ struct Entry {
 };
 
 // Sizes as in mma_sp::Tile.
-template <int Channels, int Tokens, int WarpsC, int WarpsT, int WarpsK, int StageK, int Stages>
+template <int Channels, int Tokens, int WarpsC, int WarpsT, int WarpsK, int Stages>
 Entry entry() {
-  using Int8 = Tile<SS_INT8, Channels, Tokens, WarpsC, WarpsT, WarpsK, StageK, Stages>;
-  using Fp8 = Tile<SS_FP8_E4M3, Channels, Tokens, WarpsC, WarpsT, WarpsK, StageK, Stages>;
-  return {Channels,       Tokens,        WarpsK,           StageK,          Stages,
+  using Int8 = Tile<SS_INT8, Channels, Tokens, WarpsC, WarpsT, WarpsK, Stages>;
+  using Fp8 = Tile<SS_FP8_E4M3, Channels, Tokens, WarpsC, WarpsT, WarpsK, Stages>;
+  return {Channels,       Tokens,        WarpsK,           Int8::kStageK,   Stages,
           Int8::kThreads, Int8::kShared, sparse_gemm<Int8>, sparse_gemm<Fp8>};
 }
 
 // From many tokens to few. The first has the fewest bytes for an operation; the next three leave room for more than one
 // block on a multiprocessor, so that one multiplies while another meets or writes (128x128: with four stages two on
-// sm_80, with three also where there are only 100 KB). Those that split K have 27 to 60 KB on their way from memory, which
-// is what it takes to be bound by its bandwidth and not by its latency; the narrow ones are for few channels.
+// sm_80, with three also where there are only 100 KB). Those that split K have 27 to 60 KB on their way from memory,
+// which is what it takes to be bound by its bandwidth and not by its latency; the narrow ones are for few channels.
 const std::vector<Entry>& entries() {
   static const std::vector<Entry> all = {
-      entry<256, 128, 4, 2, 1, 64, 5>(), entry<128, 128, 2, 2, 1, 64, 4>(), entry<128, 128, 2, 2, 1, 64, 3>(),
-      entry<128, 64, 2, 2, 1, 64, 4>(),  entry<64, 64, 2, 2, 2, 128, 6>(),  entry<32, 64, 2, 2, 2, 128, 8>(),
-      entry<64, 32, 2, 1, 4, 256, 5>(),  entry<32, 32, 2, 1, 4, 256, 6>(),  entry<16, 32, 1, 1, 4, 256, 4>(),
-      entry<64, 16, 2, 1, 4, 256, 6>(),  entry<32, 16, 2, 1, 4, 256, 8>(),  entry<16, 16, 1, 1, 4, 256, 6>(),
+      entry<256, 128, 4, 2, 1, 5>(), entry<128, 128, 2, 2, 1, 4>(), entry<128, 128, 2, 2, 1, 3>(),
+      entry<128, 64, 2, 2, 1, 4>(),  entry<64, 64, 2, 2, 2, 6>(),   entry<32, 64, 2, 2, 2, 8>(),
+      entry<64, 32, 2, 1, 4, 5>(),   entry<32, 32, 2, 1, 4, 6>(),   entry<16, 32, 1, 1, 4, 4>(),
+      entry<64, 16, 2, 1, 4, 6>(),   entry<32, 16, 2, 1, 4, 8>(),   entry<16, 16, 1, 1, 4, 6>(),
   };
   return all;
 }
@@ -55,8 +55,8 @@ int packed_steps(const ss_fused_problem& p) { return tiles(p.k, kPackedSteps * k
 ss_fused_config config_of(int index, int group) {
   const Entry& entry = entries()[index];
   ss_fused_config config{{}, index, entry.channels, entry.tokens, entry.stage_k, entry.stages, 1, 1, 1, group, 0};
-  std::snprintf(config.name, sizeof config.name, "%dx%d.k%d.s%d.w%d.g%d", entry.channels, entry.tokens, entry.stage_k,
-                entry.stages, entry.warps_k, group);
+  std::snprintf(config.name, sizeof config.name, "%dx%d.k%d.s%d.g%d", entry.channels, entry.tokens, entry.stage_k,
+                entry.stages, group);
   return config;
 }
 

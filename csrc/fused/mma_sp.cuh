@@ -7,7 +7,7 @@
 //          -> scales, bias, bf16 -> transposed in registers and in shared memory -> memory
 //
 // The warps of a block share a tile in three ways: by channels, by tokens, and (for few tokens, where a tile is small
-// and its weights are all there is to wait for) along K: each of those multiplies other steps of every stage, and one
+// and its weights are all there is to wait for) along K: each of those multiplies another step of every stage, and one
 // of them adds up the others' sums at the end, always in the same order.
 //
 // A step is 64 of the lifted K, one instruction for each 16 channels and 8 tokens. Weights are packed so that registers
@@ -31,31 +31,35 @@ constexpr int kPackedSteps = 2;   // and every stage of no more steps
 constexpr int kSharedBytes = 99 * 1024;  // what every GPU since sm_80 gives a block; sm_86, 89 and 12x give no more
 
 // Sizes of a tile in elements, how warps divide it, how deep the ring of stages is; from these all the rest, in bytes.
-template <int Type_, int Channels_, int Tokens_, int WarpsC_, int WarpsT_, int WarpsK_, int StageK_, int Stages_>
+template <int Type_, int Channels_, int Tokens_, int WarpsC_, int WarpsT_, int WarpsK_, int Stages_>
 struct Tile {
-  static constexpr int Type = Type_, Channels = Channels_, Tokens = Tokens_, StageK = StageK_, Stages = Stages_;
+  static constexpr int Type = Type_, Channels = Channels_, Tokens = Tokens_, Stages = Stages_;
   static constexpr int WarpsC = WarpsC_, WarpsT = WarpsT_, WarpsK = WarpsK_;  // along channels, tokens, K
+  static constexpr int kStageK = WarpsK * kStepK;                             // a step for each warp along K
   using Sum = typename SumOf<Type>::Sum;
   static constexpr int kPlaces = WarpsC * WarpsT, kThreads = 32 * kPlaces * WarpsK;
   // Of a warp: channels and blocks of 16 of them, tokens and groups of 8 of them.
   static constexpr int kWarpChannels = Channels / WarpsC, kBlocks = kWarpChannels / kBlockRows;
   static constexpr int kWarpTokens = Tokens / WarpsT, kGroups = kWarpTokens / kGroup;
-  static constexpr int kSteps = StageK / kStepK, kOwnSteps = kSteps / WarpsK;
-  // Of a stage: tokens [Tokens][StageK], then weights [kSteps][Channels / 16] blocks.
-  static constexpr int kTokenBytes = Tokens * StageK, kStepBytes = Channels / kBlockRows * kBlockBytes;
-  static constexpr int kStage = kTokenBytes + kSteps * kStepBytes;
-  // Copies of 16 bytes: of a row of tokens; rows that all threads copy at once, and how often; of a stage's weights.
-  static constexpr int kRowCopies = StageK / 16, kRowsAtOnce = kThreads / kRowCopies;
-  static constexpr int kTokenCopies = Tokens / kRowsAtOnce;
-  static constexpr int kStepCopies = kStepBytes / 16, kWeightCopies = kSteps * kStepCopies;
+  // Of a stage: tokens [Tokens][kStageK], then weights [WarpsK][Channels / 16] blocks.
+  static constexpr int kTokenBytes = Tokens * kStageK, kStepBytes = Channels / kBlockRows * kBlockBytes;
+  static constexpr int kStage = kTokenBytes + WarpsK * kStepBytes;
+  // Copies of 16 bytes: of a row of tokens, and rows that all threads copy at once; of a step's weights, of all steps';
+  // and how many of each kind a thread has.
+  static constexpr int kRowCopies = kStageK / 16, kRowsAtOnce = kThreads / kRowCopies;
+  static constexpr int kStepCopies = kStepBytes / 16, kWeightCopies = WarpsK * kStepCopies;
+  static constexpr int kOwnRows = Tokens / kRowsAtOnce, kOwnWeights = (kWeightCopies + kThreads - 1) / kThreads;
+  // Copies take instructions, during which the tensor cores would idle right after a meeting: they wait until half of
+  // the products are under way. Not with so few stages that time presses, nor where copies are all there is to do.
+  static constexpr bool kCopiesWait = WarpsK == 1 && Stages > 3;
   // When stages have been read: sums of the other warps along K, and behind them the finished tile.
   static constexpr int kSumsAt = 0, kFinishedAt = (WarpsK - 1) * Channels * Tokens * 4;
   static constexpr int kScalesAt = Stages * kStage;  // of tokens float, of channels scale and bias
   static constexpr int kShared = kScalesAt + Tokens * 4 + Channels * 8;
 
   static_assert(Channels % (WarpsC * kBlockRows) == 0 && Tokens % (WarpsT * kGroup) == 0, "warps have equal parts");
-  static_assert(StageK % (kStepK * WarpsK) == 0 && kPackedRows % Channels == 0);
-  static_assert(StageK == 64 || StageK % 128 == 0, "the swizzle knows no other rows");
+  static_assert(kPackedRows % Channels == 0);
+  static_assert(kStageK == 64 || kStageK % 128 == 0, "the swizzle knows no other rows");
   static_assert(kThreads % kRowCopies == 0 && kRowsAtOnce % 8 == 0 && Tokens % kRowsAtOnce == 0,
                 "a thread's copies have one place in the swizzle");
   static_assert(Stages >= 3 && kFinishedAt + Channels * Tokens * 2 <= kScalesAt && kShared <= kSharedBytes);
@@ -105,49 +109,58 @@ struct Warp {
 // chunks of a row, as copies write them, are in different banks.
 template <class T>
 __device__ int token_place(int row, int chunk) {
-  const int turn = T::StageK == 64 ? row >> 1 & 3 : row & 7;
-  return row * T::StageK + ((chunk ^ turn) << 4);
+  const int turn = T::kStageK == 64 ? row >> 1 & 3 : row & 7;
+  return row * T::kStageK + ((chunk ^ turn) << 4);
 }
 
 // -- copies -----------------------------------------------------------------------------------------------------------
 
-// This thread's share of every stage.
+// This thread's share of every stage, in their order.
 template <class T>
 struct Loader {
   const Params& p;
-  const uint8_t* tokens[T::kTokenCopies];  // this thread's chunk of its rows
-  const uint8_t* weights;                  // of the tile, at the first step
-  int chunk, to;                           // of a row; where the first one goes in a stage
-  uint32_t there = 0;                      // bit i: row i exists
+  const uint8_t *tokens[T::kOwnRows], *weights[T::kOwnWeights];  // what comes next, if it is there
+  size_t weight_bytes;                                           // from stage to stage
+  int k, to;       // of this thread's chunk of a row: the first column that comes next, where the first row's goes
+  uint32_t there;  // bit i: row i exists
 
-  __device__ Loader(const Params& p, const Place& at) : p(p) {
-    const int row = threadIdx.x / T::kRowCopies;
-    chunk = threadIdx.x % T::kRowCopies;
+  __device__ Loader(const Params& p, const Place& at) : p(p), there(0) {
+    const int row = threadIdx.x / T::kRowCopies, chunk = threadIdx.x % T::kRowCopies;
+    k = chunk * 16;
     to = token_place<T>(row, chunk);
 #pragma unroll
-    for (int i = 0; i < T::kTokenCopies; ++i) {
+    for (int i = 0; i < T::kOwnRows; ++i) {
       const int token = at.token + row + i * T::kRowsAtOnce;
       there |= uint32_t(token < p.m) << i;
-      tokens[i] = p.x + size_t(min(token, p.m - 1)) * p.k + chunk * 16;
+      tokens[i] = p.x + size_t(token) * p.k + k;
     }
-    weights = p.packed + size_t(at.channel / kBlockRows) * kBlockBytes;
+    const size_t step_bytes = size_t(p.row_blocks) * kBlockBytes;
+    weight_bytes = T::WarpsK * step_bytes;
+#pragma unroll
+    for (int i = 0; i < T::kOwnWeights; ++i) {
+      const int copy = weight_copy(i), step = weight_step(i);
+      weights[i] = p.packed + at.channel / kBlockRows * size_t(kBlockBytes) + step * step_bytes +
+                   (copy - step * T::kStepCopies) * 16;
+    }
   }
 
+  __device__ static int weight_copy(int i) { return i * T::kThreads + threadIdx.x; }
+  __device__ static int weight_step(int i) { return T::WarpsK == 1 ? 0 : weight_copy(i) / T::kStepCopies; }
+
   // Tokens beyond m and K beyond k become zeros; steps beyond the packed ones stay as they are: nobody multiplies them.
-  __device__ void load(int stage, uint8_t* into) const {
-    const int k = stage * T::StageK;
-    const bool inside = k + chunk * 16 < p.k;
+  __device__ void load(int stage, uint8_t* into) {
 #pragma unroll
-    for (int i = 0; i < T::kTokenCopies; ++i)
-      mma_sync::copy16_or_zeros(into + to + i * T::kRowsAtOnce * T::StageK, tokens[i] + k,
-                                inside && (there >> i & 1));
-    const size_t step_bytes = size_t(p.row_blocks) * kBlockBytes;
-    const uint8_t* from = weights + size_t(stage * T::kSteps) * step_bytes;
+    for (int i = 0; i < T::kOwnRows; ++i) {
+      mma_sync::copy16_or_zeros(into + to + i * T::kRowsAtOnce * T::kStageK, tokens[i], k < p.k && (there >> i & 1));
+      tokens[i] += T::kStageK;
+    }
+    k += T::kStageK;
 #pragma unroll
-    for (int first = 0; first < T::kWeightCopies; first += T::kThreads) {
-      const int i = first + threadIdx.x, step = i / T::kStepCopies;
-      if (i < T::kWeightCopies && (T::kSteps <= kPackedSteps || stage * T::kSteps + step < p.steps))
-        mma_sync::copy16(into + T::kTokenBytes + i * 16, from + step * step_bytes + i % T::kStepCopies * 16);
+    for (int i = 0; i < T::kOwnWeights; ++i) {
+      if ((i + 1 < T::kOwnWeights || weight_copy(i) < T::kWeightCopies) &&
+          (T::WarpsK <= kPackedSteps || stage * T::WarpsK + weight_step(i) < p.steps))
+        mma_sync::copy16(into + T::kTokenBytes + weight_copy(i) * 16, weights[i]);
+      weights[i] += weight_bytes;
     }
   }
 };
@@ -172,23 +185,23 @@ __device__ void load_scales(const Params& p, const Place& at, uint8_t* shared) {
 
 // -- products ---------------------------------------------------------------------------------------------------------
 
-// What a warp holds of a step before it multiplies: all of its weights, and its first 8 tokens.
+// What a warp holds of its step of a stage before it multiplies: all weights, and its first 8 tokens.
 template <class T>
 struct Fragments {
   uint32_t a[T::kBlocks][4], metadata[T::kBlocks], b[4];
 };
 
-// Where ldmatrix finds 8 tokens of a step as operand b: lane l names chunk l / 8 of token l % 8, and gets 4 bytes of
-// token l / 4 of every chunk.
+// Where ldmatrix finds 8 tokens as operand b: lane l names chunk l / 8 of token l % 8, and gets 4 bytes of token l / 4
+// of every chunk.
 template <class T>
-__device__ const uint8_t* tokens_at(const Warp<T>& w, const uint8_t* stage, int step, int group) {
-  return stage + token_place<T>(w.token + group * kGroup + w.lane % 8, step * 4 + w.lane / 8);
+__device__ const uint8_t* tokens_at(const Warp<T>& w, const uint8_t* stage, int group) {
+  return stage + token_place<T>(w.token + group * kGroup + w.lane % 8, w.k * (kStepK / 16) + w.lane / 8);
 }
 
 template <class T>
-__device__ void fetch(const Warp<T>& w, const uint8_t* stage, int step, Fragments<T>& f) {
-  mma_sync::load_matrices(f.b, tokens_at(w, stage, step, 0));
-  const uint8_t* weights = stage + T::kTokenBytes + step * T::kStepBytes + w.channel / kBlockRows * kBlockBytes;
+__device__ void fetch(const Warp<T>& w, const uint8_t* stage, Fragments<T>& f) {
+  mma_sync::load_matrices(f.b, tokens_at(w, stage, 0));
+  const uint8_t* weights = stage + T::kTokenBytes + w.k * T::kStepBytes + w.channel / kBlockRows * kBlockBytes;
 #pragma unroll
   for (int i = 0; i < T::kBlocks; ++i) {
     const uint8_t* block = weights + i * kBlockBytes;
@@ -198,28 +211,29 @@ __device__ void fetch(const Warp<T>& w, const uint8_t* stage, int step, Fragment
   }
 }
 
-// The next 8 tokens are fetched while these are multiplied.
-template <class T>
-__device__ void multiply(const Warp<T>& w, const uint8_t* stage, int step, const Fragments<T>& f,
-                         typename T::Sum (&d)[T::kBlocks][T::kGroups][4]) {
+// The next 8 tokens are fetched while these are multiplied. `halfway` is done when half of them are.
+template <class T, class Halfway>
+__device__ void multiply(const Warp<T>& w, const uint8_t* stage, const Fragments<T>& f,
+                         typename T::Sum (&d)[T::kBlocks][T::kGroups][4], Halfway&& halfway) {
   uint32_t b[2][4] = {{f.b[0], f.b[1], f.b[2], f.b[3]}};
 #pragma unroll
   for (int group = 0; group < T::kGroups; ++group) {
-    if (group + 1 < T::kGroups) mma_sync::load_matrices(b[(group + 1) % 2], tokens_at(w, stage, step, group + 1));
+    if (group + 1 < T::kGroups) mma_sync::load_matrices(b[(group + 1) % 2], tokens_at(w, stage, group + 1));
+    if (group == T::kGroups / 2) halfway();
 #pragma unroll
     for (int i = 0; i < T::kBlocks; ++i)
       mma_sync::Instruction<T::Type, true>::issue(d[i][group], f.a[i], b[group % 2], f.metadata[i]);
   }
 }
 
-// All stages through the ring. Fragments are one step ahead, across stages too: the tensor cores have work while the
-// block meets. One meeting a stage, before the last step of the stage before: it says that the copies of all threads have
-// arrived, and that all have read the stage before that one, whose place the next copies take.
+// All stages through the ring. Fragments are one stage ahead: the tensor cores have work while the block meets. One
+// meeting a stage: it says that the copies of all threads have arrived in the next one, and that all have read the one
+// before, whose place the next copies take.
 template <class T>
 __device__ void multiply_tile(const Params& p, const Place& at, const Warp<T>& w, uint8_t* shared,
                               typename T::Sum (&d)[T::kBlocks][T::kGroups][4]) {
-  const Loader<T> loader(p, at);
-  const int stages = (p.steps + T::kSteps - 1) / T::kSteps;
+  Loader<T> loader(p, at);
+  const int stages = (p.steps + T::WarpsK - 1) / T::WarpsK;
 #pragma unroll
   for (int stage = 0; stage < T::Stages - 1; ++stage) {
     if (stage < stages) loader.load(stage, shared + stage * T::kStage);
@@ -228,33 +242,29 @@ __device__ void multiply_tile(const Params& p, const Place& at, const Warp<T>& w
   load_scales<T>(p, at, shared);
   mma_sync::wait_copies<T::Stages - 2>();
   __syncthreads();
-  // Of the last stage some steps may not be packed: nobody fetches or multiplies them.
-  const auto exists = [&](int stage, int own) {
-    return T::kSteps <= kPackedSteps ? stage < stages : stage * T::kSteps + own * T::WarpsK + w.k < p.steps;
-  };
   Fragments<T> now, next;
-  if (exists(0, 0)) fetch<T>(w, shared, w.k, now);
+  fetch<T>(w, shared, now);
   int reading = 0, writing = T::Stages - 1;
-#pragma unroll 1
+#pragma unroll 2
   for (int stage = 0; stage < stages; ++stage) {
     const uint8_t* here = shared + reading * T::kStage;
     reading = reading + 1 == T::Stages ? 0 : reading + 1;
-#pragma unroll
-    for (int own = 0; own < T::kOwnSteps; ++own) {
-      if (own + 1 < T::kOwnSteps) {
-        if (exists(stage, own + 1)) fetch<T>(w, here, (own + 1) * T::WarpsK + w.k, next);
-      } else {
-        mma_sync::wait_copies<T::Stages - 3>();
-        __syncthreads();
-        if (exists(stage + 1, 0)) fetch<T>(w, shared + reading * T::kStage, w.k, next);
-        const int ahead = stage + T::Stages - 1;
-        if (ahead < stages) loader.load(ahead, shared + writing * T::kStage);
-        mma_sync::commit_copies();
-        writing = writing + 1 == T::Stages ? 0 : writing + 1;
-      }
-      if (exists(stage, own)) multiply<T>(w, here, own * T::WarpsK + w.k, now, d);
-      now = next;
-    }
+    mma_sync::wait_copies<T::Stages - 3>();
+    __syncthreads();
+    fetch<T>(w, shared + reading * T::kStage, next);  // after the last stage: whatever is there, for nobody
+    const auto copy = [&] {
+      const int ahead = stage + T::Stages - 1;
+      if (ahead < stages) loader.load(ahead, shared + writing * T::kStage);
+      mma_sync::commit_copies();
+      writing = writing + 1 == T::Stages ? 0 : writing + 1;
+    };
+    if (!T::kCopiesWait) copy();
+    // Of the last stage some steps may not be packed: what their warps have is not theirs to multiply.
+    if (T::WarpsK <= kPackedSteps || stage * T::WarpsK + w.k < p.steps)
+      multiply<T>(w, here, now, d, [&] {
+        if (T::kCopiesWait) copy();
+      });
+    now = next;
   }
   __syncthreads();  // the stages are free
 }
