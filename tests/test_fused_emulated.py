@@ -95,7 +95,7 @@ def test_every_tile_at_the_edges(library: EmulatedLibrary, shape: tuple[int, int
 
 def test_random_shapes(library: EmulatedLibrary) -> None:
     chance = np.random.default_rng(20)
-    for number in range(60):
+    for number in range(40):
         m, n, k = (int(chance.integers(1, most)) * unit for most, unit in ((150, 1), (30, 8), (30, 32)))
         dtype = EIGHT_BIT[number % 2]
         problem = Problem.random(m, n, k, dtype, bool(chance.integers(2)), number)

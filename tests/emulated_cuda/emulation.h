@@ -38,7 +38,6 @@ struct Copy {
 
 struct Thread {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   std::vector<std::vector<Copy>> groups;  // copies under way, the last group still open
   bool done = false;
 };
@@ -61,6 +60,7 @@ struct State {
   std::string error;                                          // the first one of a launch
   std::vector<std::pair<const char*, const char*>> readable;  // where copies may read; empty: anywhere
   long long conflicts = 0, wavefronts = 0;                    // of ldmatrix
+  std::vector<std::unique_ptr<char[]>> stacks;                // of the threads of any block
 };
 inline State& state() {
   static State only;
@@ -144,9 +144,9 @@ inline void run_block(int index, int threads, const std::function<void()>& body)
   for (int i = 0; i < threads; ++i) {
     Thread& thread = b.threads[i];
     thread.groups.emplace_back();
-    thread.stack.reset(new char[kStackBytes]);
+    if (i == int(state().stacks.size())) state().stacks.emplace_back(new char[kStackBytes]);
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_sp = state().stacks[i].get();
     thread.context.uc_stack.ss_size = kStackBytes;
     thread.context.uc_link = &b.scheduler;
     makecontext(&thread.context, thread_main, 0);
