@@ -47,7 +47,7 @@ def pack(codes: torch.Tensor, layer: str = "weight") -> torch.Tensor:
 def _values(values: torch.Tensor) -> torch.Tensor:
     """uint8 [N, K' / 2] -> [steps, blocks, 512]."""
     # [blocks, high row, row of 8, steps, half, thread of a quad, byte]
-    split = values.unflatten(0, (-1, 2, 8)).unflatten(3, (-1, 2, 4, 4))
+    split: torch.Tensor = values.unflatten(0, (-1, 2, 8)).unflatten(3, (-1, 2, 4, 4))
     return split.permute(3, 0, 2, 5, 4, 1, 6).flatten(2)
 
 
@@ -55,5 +55,5 @@ def _metadata(places: torch.Tensor) -> torch.Tensor:
     """uint8 [N, K' / 4] -> [steps, blocks, 128]."""
     pairs = places[:, ::2] | places[:, 1::2] << 4  # two windows a byte
     # [blocks, high row, row of 8, steps, half, byte]
-    split = pairs.unflatten(0, (-1, 2, 8)).unflatten(3, (-1, 2, 4))
+    split: torch.Tensor = pairs.unflatten(0, (-1, 2, 8)).unflatten(3, (-1, 2, 4))
     return split.permute(3, 0, 2, 4, 1, 5).flatten(2)
