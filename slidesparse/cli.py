@@ -16,6 +16,10 @@ from slidesparse import __version__
 from slidesparse.errors import ContextLost, SlideSparseError
 
 
+REFERENCE = "bitnet-2b"
+"""The profile of a GPU host."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Options that every command shares."""
@@ -27,17 +31,19 @@ class Options:
     as_json: bool
     quiet: bool
 
-    def plan(self) -> Any:
-        """Read and check the bench file; nothing starts before it is right."""
+    def plan(self, auto: str | None = None) -> Any:
+        """Read and check the bench file; nothing starts before it is right. auto: what profile `auto` stands for."""
         from slidesparse.config import load_bench
         from slidesparse.plan import Plan
 
         bench = load_bench(self.config)
         name = self.profile
+        if name == "auto" and auto is not None:
+            name = auto
         if name == "auto":
             from slidesparse.machine import detect
 
-            name = "smoke" if detect().gpu is None else "bitnet-2b"
+            name = "smoke" if detect().gpu is None else REFERENCE
         profile = bench.profile(name)
         if self.source is not None:
             changed = profile.model_copy(update={"source": self.source})
@@ -159,19 +165,59 @@ def status(options: Options) -> None:
 
 
 @main.command()
+@click.option("--require-baked", is_flag=True, help="only this: no launch of the profile compiles a Triton kernel")
 @click.pass_obj
-def doctor(options: Options) -> None:
+def doctor(options: Options, require_baked: bool) -> None:
     """What this machine can and cannot run, and why."""
     from slidesparse.doctor import diagnose, exit_code
     from slidesparse.machine import detect
     from slidesparse.overview import print_findings
 
-    findings = diagnose(options.plan(), detect())
+    if require_baked:
+        from slidesparse.bake.check import check_baked
+
+        findings = check_baked(options.plan(auto=REFERENCE), detect())
+    else:
+        findings = diagnose(options.plan(), detect())
     if options.as_json:
         click.echo(json.dumps([vars(finding) for finding in findings], indent=1))
     else:
         print_findings(findings)
     sys.exit(exit_code(findings))
+
+
+class _Architectures(click.ParamType):
+    """`90,120` -> (90, 120); the letter of `90a` means nothing to Triton."""
+
+    name = "LIST"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[int, ...]:
+        from slidesparse.kernels.build import ARCHITECTURES
+
+        known = [name.rstrip("a") for name in ARCHITECTURES]
+        names = known if value == "all" else [name.strip().rstrip("a") for name in value.replace(" ", ",").split(",")]
+        names = [name for name in names if name]
+        if not names or (unknown := sorted(set(names) - set(known))):
+            what = unknown[0] if names else value
+            self.fail(f"{what!r}: no architecture; allowed are all, {', '.join(known)}", parameter, context)
+        return tuple(int(name) for name in names)
+
+
+@main.command()
+@click.option("--architectures", type=_Architectures(), default="all", show_default=True, help="GPUs: 80,86,90,...")
+@click.option("--cache", type=click.Path(path_type=Path), required=True, help="folder that the kernels go into")
+@click.option("--jobs", type=click.IntRange(min=1), help="processes; default: one a core")
+@click.pass_obj
+def bake(options: Options, architectures: tuple[int, ...], cache: Path, jobs: int | None) -> None:
+    """Compile every Triton kernel that the profile launches (auto: bitnet-2b), without a GPU. Run again to resume."""
+    from slidesparse.bake import require_triton
+
+    require_triton()
+    from slidesparse.bake.warm import bake as warm
+
+    cores = len(os.sched_getaffinity(0))
+    baked = warm(options.plan(auto=REFERENCE), architectures, cache, jobs or cores, options.quiet)
+    click.echo(json.dumps(vars(baked)) if options.as_json else f"baked {baked}")
 
 
 def _run(options: Options, choose: Callable[[Any], Any], with_report: bool) -> None:

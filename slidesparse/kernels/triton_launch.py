@@ -53,8 +53,14 @@ def early_launch(device: torch.device) -> dict[str, bool]:
 
 
 @lru_cache(maxsize=64)
-def _has_early_launch(device: torch.device) -> bool:
+def _gpu_launches_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= EARLY_CAPABILITY
+
+
+def _has_early_launch(device: torch.device) -> bool:
+    if device.type == "meta":  # no GPU to ask: a kernel is compiled for what the driver stands for
+        return divmod(int(triton.runtime.driver.active.get_current_target().arch), 10) >= EARLY_CAPABILITY
+    return _gpu_launches_early(device)
 
 
 @triton.jit
