@@ -232,10 +232,7 @@ __device__ void multiply_stage(Worker<T>& w, typename T::Sum (&d)[T::Blocks][T::
   const uint32_t weights = w.shared.weights(w.slot.index) + w.warpgroup * T::Blocks * kBlockBytes;
 #pragma unroll
   for (int i = 0; i < T::Blocks; ++i)
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(metadata[i].x), "=r"(metadata[i].y)
-                 : "r"(weights + i * kBlockBytes + kValueBytes + w.thread * 8)
-                 : "memory");
+    shared_load(metadata[i], weights + i * kBlockBytes + kValueBytes + w.thread * 8);
 #pragma unroll
   for (int i = 0; i < T::Blocks; ++i)
 #pragma unroll
@@ -290,10 +287,10 @@ template <class T>
 __device__ Channel channel_of(const Worker<T>& w, int own_channel) {
   const uint32_t scales = w.shared.scales(w.warpgroup, w.scales) + T::Tokens * 4;
   Channel found{0.f, -0.f};
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(found.scale) : "r"(scales + own_channel * 4) : "memory");
+  shared_load(found.scale, scales + own_channel * 4);
   if (w.p.bias) {
     uint16_t bits;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(scales + T::kOwnChannels * 4 + own_channel * 2) : "memory");
+    shared_load(bits, scales + T::kOwnChannels * 4 + own_channel * 2);
     found.bias = __uint_as_float(uint32_t(bits) << 16);
   }
   return found;
@@ -314,13 +311,10 @@ __device__ inline uint32_t two_bf16(float first, float second) {
 template <class T>
 __device__ void finish_group(const Worker<T>& w, const typename T::Sum* sums, int token, const Channel& low,
                              const Channel& high, uint32_t& a, uint32_t& b) {
-  float first, second;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-               : "=f"(first), "=f"(second)
-               : "r"(w.shared.scales(w.warpgroup, w.scales) + (token + threadIdx.x % 4 * 2) * 4)
-               : "memory");
-  a = two_bf16(finished(sums[0], first, low), finished(sums[1], second, low));
-  b = two_bf16(finished(sums[2], first, high), finished(sums[3], second, high));
+  float2 scale;
+  shared_load(scale, w.shared.scales(w.warpgroup, w.scales) + (token + threadIdx.x % 4 * 2) * 4);
+  a = two_bf16(finished(sums[0], scale.x, low), finished(sums[1], scale.y, low));
+  b = two_bf16(finished(sums[2], scale.x, high), finished(sums[3], scale.y, high));
 }
 
 // Channels of this warp in a chunk of 64, 16 bytes each: where row `token` of the chunk has them (128-byte swizzle).
@@ -374,7 +368,7 @@ __device__ void write_shared_tile(Worker<T>& w, const CUtensorMap& out, typename
   const auto place = [&](int i, int group) {
     return w.shared.base + (((w.warpgroup * T::Blocks + i) * kGroups + group) * kWarpgroup + w.thread) * 16;
   };
-  asm volatile("bar.sync 3, 256;" ::: "memory");  // the other warpgroup may still be reading stages
+  warpgroups_sync(1 + kMultiplying);  // the other warpgroup may still be reading stages
 #pragma unroll
   for (int i = 0; i < T::Blocks; ++i)
 #pragma unroll

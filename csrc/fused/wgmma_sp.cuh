@@ -108,6 +108,21 @@ __device__ inline void copy4(uint32_t to, const void* from, bool there) {
 __device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // The threads of one warpgroup meet (barriers 1, 2, ...: 0 is __syncthreads).
 __device__ inline void warpgroup_sync(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
+// Those of two warpgroups.
+__device__ inline void warpgroups_sync(int barrier) { asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory"); }
+// From this block's shared memory, by its address.
+__device__ inline void shared_load(uint16_t& v, uint32_t address) {
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+}
+__device__ inline void shared_load(float& v, uint32_t address) {
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+}
+__device__ inline void shared_load(float2& v, uint32_t address) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+}
+__device__ inline void shared_load(uint2& v, uint32_t address) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+}
 // Two 8x8 matrices of 16-bit values, transposed on the way: lanes 0 to 15 name a row of 16 bytes each.
 __device__ inline void store_transposed(uint32_t to, uint32_t a, uint32_t b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
