@@ -131,9 +131,8 @@ inline void thread_main() {
   for (;;) yield();
 }
 
-inline void run_block(int index, int threads, const std::function<void()>& body) {
-  Block b;
-  state().block = &b;
+// Threads that wait to run `body`; their stacks are `first_stack` and the following.
+inline void prepare(Block& b, int index, int threads, const std::function<void()>& body, int first_stack) {
   b.index = index;
   b.body = body;
   b.threads.resize(threads);
@@ -144,22 +143,33 @@ inline void run_block(int index, int threads, const std::function<void()>& body)
   for (int i = 0; i < threads; ++i) {
     Thread& thread = b.threads[i];
     thread.groups.emplace_back();
-    if (i == int(state().stacks.size())) state().stacks.emplace_back(new char[kStackBytes]);
+    while (first_stack + i >= int(state().stacks.size())) state().stacks.emplace_back(new char[kStackBytes]);
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = state().stacks[i].get();
+    thread.context.uc_stack.ss_sp = state().stacks[first_stack + i].get();
     thread.context.uc_stack.ss_size = kStackBytes;
     thread.context.uc_link = &b.scheduler;
     makecontext(&thread.context, thread_main, 0);
     b.ready[i / kLanes].push_back(i);
   }
+}
+
+// One of those of a warp that are ready runs until it waits for somebody.
+inline void run_one(Block& b, int warp) {
+  state().block = &b;
+  auto& ready = b.ready[warp];
+  std::swap(ready[state().chance() % ready.size()], ready.back());
+  b.current = ready.back();
+  ready.pop_back();
+  swapcontext(&b.scheduler, &b.threads[b.current].context);
+}
+
+inline void run_block(int index, int threads, const std::function<void()>& body) {
+  Block b;
+  prepare(b, index, threads, body, 0);
   for (;;) {
     const auto warp = std::find_if(b.order.begin(), b.order.end(), [&](int w) { return !b.ready[w].empty(); });
     if (warp == b.order.end()) break;
-    auto& ready = b.ready[*warp];
-    std::swap(ready[state().chance() % ready.size()], ready.back());
-    b.current = ready.back();
-    ready.pop_back();
-    swapcontext(&b.scheduler, &b.threads[b.current].context);
+    run_one(b, *warp);
   }
   for (b.current = 0; b.current < threads; ++b.current)
     if (!b.threads[b.current].done) complain("waits for ever");
