@@ -204,9 +204,9 @@ def test_linears_find_what_was_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert counted(variant, before, 2) == {"hits": 1, "nearest": 2}
             assert counted(variant, before, 16) == {"nearest": 3}
     assert counted(Variant("cpu_sparse", Sparsity(6)), "add", 2) == {"missed": 2, "nearest": 1}
-    genuine = store_module.activation_revision
+    genuine = store_module.own_revision
     monkeypatch.setattr(
-        store_module, "activation_revision", lambda family: "edited" if "bitnet" in family else genuine(family)
+        store_module, "own_revision", lambda family: "edited" if "bitnet" in family else genuine(family)
     )
     assert counted(SPARSE, "add", 2) == {"stale": 1, "nearest": 2}
     again = search.run_task(run, task(run, "tune"))

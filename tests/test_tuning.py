@@ -60,7 +60,7 @@ def test_a_winner_of_other_kernels_of_ours_is_stale(tmp_path: Path, monkeypatch:
         return store.find(operation, family, DType.INT8, Sparsity(8), (2, 0, 96), candidates)  # type: ignore[arg-type]
 
     assert known("quantise_lift", "cpu", {"fused", "torch"})
-    monkeypatch.setattr(store_module, "activation_revision", lambda family: "edited" if family == "cpu" else "")
+    monkeypatch.setattr(store_module, "own_revision", lambda family: "edited" if family == "cpu" else "")
     assert known("quantise_lift", "cpu", {"fused", "torch"}) is None
     again = search.run_task(run, task(run, "tune"))
     gemms = sum(cell.operation.endswith("gemm") for cell in task(run, "tune").cells)

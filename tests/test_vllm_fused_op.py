@@ -11,7 +11,7 @@ from gemm_doubles import Double
 from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.errors import SlideSparseError
 from slidesparse.kernels import bitnet_reference, operands, verify
-from slidesparse.kernels.backend import activation_revision
+from slidesparse.kernels.backend import own_revision
 from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.kernels.gpu_activations import TritonActivations
 from slidesparse.pattern import Sparsity
@@ -204,7 +204,7 @@ def test_the_store_is_asked_by_the_name_of_the_operation(variant: Variant, lift:
             run(operation, inputs(operation, m), ready)
     first = [entry for entry in asked if "quantise" in entry[0] and entry[0] != "dequantise_bias"]
     assert first == [(NAMES[operation] + lift, "cpu_bitnet", variant.sparsity, (16, 0, K)) for operation in OPERATIONS]
-    assert activation_revision("cpu_bitnet"), "what was tuned with another source does not count"
+    assert own_revision("cpu_bitnet"), "what was tuned with another source does not count"
 
 
 def test_the_launch_that_the_store_names_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_the_launch_that_the_store_names_runs(monkeypatch: pytest.MonkeyPatch) -
         run_it = family.encoder("gate", DType.INT8, Sparsity(8), 6912, algorithm)
         run_it(torch.empty(0), None, torch.empty(0), EPS, torch.empty(0), torch.empty(0))
     assert launched == [kernels.launches(6912)[0], kernels.launches(6912)[-1]]
-    assert activation_revision(family.norm_family)
+    assert own_revision(family.norm_family)
 
 
 def test_triton_kernels_write_the_first_rows_of_what_they_are_given() -> None:

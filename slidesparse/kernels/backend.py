@@ -77,8 +77,8 @@ class Activations(ABC):
 
     @property
     def revision(self) -> str:
-        """See `activation_revision`."""
-        return activation_revision(self.name)
+        """See `own_revision`."""
+        return own_revision(self.name)
 
     @abstractmethod
     def algorithms(self, operation: ActivationOperation, dtype: DType) -> tuple[Algorithm, ...]:
@@ -211,8 +211,15 @@ ACTIVATION_SOURCES = {
 """Modules of this folder that hold the kernels of a family of activations."""
 
 
-def activation_revision(family: str) -> str:
-    """Hash over the source of a family's kernels: what was tuned with others is tuned again. Empty for a GEMM's."""
+def own_revision(family: str) -> str:
+    """Hash over the kernels of ours that a family runs, source or library: what was tuned with others is tuned again.
+
+    Empty for a library's GEMM.
+    """
+    if family == "fused":
+        from slidesparse.kernels import fused_library
+
+        return fused_library.revision()
     return source_hash(*ACTIVATION_SOURCES[family]) if family in ACTIVATION_SOURCES else ""
 
 

@@ -1,9 +1,10 @@
-"""Backend `fused`: our own 2:4 GEMM for Hopper, with both scales, the bias and bfloat16 in its epilogue.
+"""Backend `fused`: our own 2:4 GEMM, with both scales, the bias and bfloat16 in its epilogue.
 
     y[m, n] = bf16((float32(acc[m, n]) * scale_token[m]) * scale_channel[n] + bias[n])
 
 There is no form without the epilogue. INT8 equals `reference.dequantise_bias` bit for bit. The kernels are those of
-csrc/fused; `kernels/fused_library.py` loads them, docs/fused-gemm.md says what was tried and measured.
+csrc/fused, wgmma's on Hopper and mma.sp's on all other GPUs; `kernels/fused_library.py` loads them, docs/fused-gemm.md
+says what was tried and measured.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError, UnsupportedHere
-from slidesparse.kernels import fused_library, fused_pack_wgmma, gpu
+from slidesparse.kernels import fused_library, fused_pack_mma, fused_pack_wgmma, gpu
 from slidesparse.kernels.backend import Algorithm, Weight
 from slidesparse.kernels.fused_library import Config, Family
 from slidesparse.kernels.gpu import LibraryBackend
@@ -27,7 +28,7 @@ N_ALIGNMENT = 8
 
 
 class Fused(LibraryBackend):
-    """`Weight.data`: our own packed form, uint8 (`fused_pack_wgmma`)."""
+    """`Weight.data`: our own packed form, uint8 (`fused_pack_wgmma`, `fused_pack_mma`)."""
 
     name = "fused"
     sparse = True
@@ -38,12 +39,6 @@ class Fused(LibraryBackend):
         assert machine.gpu is not None
         if not dtype.quantised:
             raise UnsupportedHere(f"backend fused has INT8 and FP8E4M3, not {dtype.value}")
-        capability = machine.gpu.compute_capability
-        if capability[0] != HOPPER:
-            text = "{}.{}".format(*capability)
-            raise UnsupportedHere(
-                f"backend fused needs compute capability 9.0 (Hopper), this is {text}; use cusparselt"
-            )
         fused_library.load()
 
     def output(self, dtype: DType) -> torch.dtype:
@@ -62,7 +57,8 @@ class Fused(LibraryBackend):
         n, k = codes.shape
         if k % K_ALIGNMENT:
             raise CheckpointError(f"{layer}: {k} columns; 2:4 needs a multiple of {K_ALIGNMENT}: lift the weight first")
-        packed = fused_pack_wgmma.pack(codes.to(self.device), layer)
+        pack = fused_pack_wgmma.pack if family_of(_capability()) is Family.WGMMA else fused_pack_mma.pack
+        packed = pack(codes.to(self.device), layer)
         return Weight(n, k, dtype, packed, packed.nbytes)
 
     def gemm(self, x: torch.Tensor, weight: Weight, algorithm: Algorithm, out: torch.Tensor) -> torch.Tensor:
@@ -86,16 +82,26 @@ class Fused(LibraryBackend):
         if config is None:
             m, n, k = size
             raise UnsupportedHere(f"fused has no algorithm {algorithm.name} for M={m} N={n} K={k} {weight.dtype.value}")
-        gemm_ops.fused_gemm(x, scale_token, weight.data, scale_channel, bias, out, config)
+        gemm_ops.fused_gemm(x, scale_token, weight.data, scale_channel, bias, out, config, family_of(_capability()))
         return out
 
     def path(self, dtype: DType, algorithm: Algorithm) -> str:
         return f"{self.name} {algorithm.name} ({algorithm.config}), {dtype.value} -> bfloat16"
 
 
+def family_of(capability: tuple[int, int]) -> Family:
+    """The kernels of a GPU: wgmma is Hopper's alone."""
+    return Family.WGMMA if capability[0] == HOPPER else Family.MMA
+
+
+@lru_cache(maxsize=1)
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
 @lru_cache(maxsize=4096)
 def _listed(m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Config]:
-    found = fused_library.load().configs((HOPPER, 0), m, n, k, dtype, Family.WGMMA)
+    found = fused_library.load().configs(_capability(), m, n, k, dtype, family_of(_capability()))
     return {config.name: config for config in found}
 
 

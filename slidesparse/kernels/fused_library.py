@@ -8,6 +8,7 @@ Weights are packed for a family (`fused_pack_wgmma`, `fused_pack_mma`). Every er
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from dataclasses import astuple, dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -156,3 +157,10 @@ def _config(c: _Config) -> Config:
 def _c_config(config: Config) -> _Config:
     name, *sizes = astuple(config)
     return _Config(name.encode(), *sizes)
+
+
+@lru_cache(maxsize=1)
+def revision() -> str:
+    """8 hex digits over the library beside the package; empty where it is not built."""
+    path = Path(__file__).parent / "lib" / LIBRARY
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.exists() else ""

@@ -3,7 +3,7 @@
     slidesparse::dense_gemm(x, w, out!, opaque, workspace)
     slidesparse::dense_gemm_scaled(x, scale_token, w, scale_channel, bias?, out!, opaque, workspace)
     slidesparse::sparse_gemm(x, compressed, out!, alg_id, split_k, workspace)
-    slidesparse::fused_gemm(x, scale_token, packed, scale_channel, bias?, out!, name, numbers)
+    slidesparse::fused_gemm(x, scale_token, packed, scale_channel, bias?, out!, name, numbers, family)
 
 An algorithm travels as plain numbers: no pointer and no plan handle ends up in a compiled graph. A plan is made at an
 algorithm's first call, so call once before capturing. The functions of this file are these operators where something
@@ -80,9 +80,10 @@ def _fused_gemm(
     out: torch.Tensor,
     name: str,
     numbers: list[int],
+    family: int,
 ) -> None:
     config, n, k = Config(name, *numbers), out.shape[1], x.shape[1]
-    fused_library.load().gemm(config, x, packed, scale_token, scale_channel, bias, out, family=Family.WGMMA, n=n, k=k)
+    fused_library.load().gemm(config, x, packed, scale_token, scale_channel, bias, out, family=Family(family), n=n, k=k)
 
 
 def _fits(x: torch.Tensor, n: int, out: torch.Tensor) -> None:
@@ -151,8 +152,9 @@ def fused_gemm(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     config: Config,
+    family: Family,
 ) -> None:
     """x [M, K'], packed 2:4 weight, float32 scales [M, 1], [N, 1], bfloat16 bias [N] -> out bfloat16 [M, N]."""
     run = fused_gemm_op if torch.compiler.is_compiling() else _fused_gemm
     name, *numbers = astuple(config)
-    run(x, scale_token, packed, scale_channel, bias, out, name, numbers)
+    run(x, scale_token, packed, scale_channel, bias, out, name, numbers, int(family))

@@ -29,7 +29,6 @@ import triton
 import triton.language as tl
 
 from slidesparse.dtypes import DType
-from slidesparse.kernels.triton_activations import ROUND
 from slidesparse.pattern import WINDOW, Sparsity, align
 
 ROW_ALIGNMENT = 16
@@ -173,6 +172,8 @@ def _code(x_row, column, inside, k, inverse, FP8: tl.constexpr, LIMIT: tl.conste
 @triton.jit
 def _nearest(value):
     """Nearest even integer as a float, |value| below 2**22."""
+    # 1.5 * 2**23: a float32 of this size has no fraction bits.
+    ROUND: tl.constexpr = 12582912.0
     return (value + ROUND) - ROUND
 
 

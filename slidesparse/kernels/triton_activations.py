@@ -33,10 +33,9 @@ from slidesparse.kernels.reference import SCALE_FLOOR
 from slidesparse.kernels.triton_launch import Launch, early_launch, output, turn
 from slidesparse.pattern import WINDOW, Sparsity
 
-ROUND = tl.constexpr(12582912.0)
-"""1.5 * 2**23: a float32 of this size has no fraction bits."""
-NOT_FINITE = tl.constexpr(0x7F80)
-"""bfloat16 magnitude bits of infinity; NaNs are above."""
+# NOTES: constants of device functions are local to them. Triton 3.6 puts a module's into the cache key of a kernel that
+# uses them through a function only if that function happens to have been hashed before: keys, and so hits, would depend
+# on which kernel a process launches first.
 WARP = 32
 UNROLLED = 64
 """Windows a lane up to which the second pass is unrolled: beyond, compiling takes many seconds."""
@@ -206,6 +205,8 @@ def _larger(most, pair, PTX: tl.constexpr):
 def _row_scale(largest, scale_ptr, row, FP8: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
     """Store a row's scale, from the pairs that `_larger` gave. What `_word` takes, and a mask of its words."""
     top = tl.max(tl.maximum(largest & 0xFFFF, largest >> 16))
+    # bfloat16 magnitude bits of infinity; NaNs are above.
+    NOT_FINITE: tl.constexpr = 0x7F80
     finite = top < NOT_FINITE
     amax = (tl.where(finite, top, 0) << 16).to(tl.float32, bitcast=True)
     scale = tl.maximum(tl.div_rn(amax, LIMIT), FLOOR)
@@ -232,6 +233,8 @@ def _inverse(amax, scale, FP8: tl.constexpr):
 def _scaled(bits, inverse, error, FP8: tl.constexpr):
     """Float32 bits / scale: FP8 the quotient, INT8 a float whose low byte is its nearest even integer."""
     x = bits.to(tl.float32, bitcast=True)
+    # 1.5 * 2**23: a float32 of this size has no fraction bits.
+    ROUND: tl.constexpr = 12582912.0
     return tl.fma(x, inverse, x * error if FP8 else ROUND)
 
 

@@ -16,7 +16,7 @@ from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
 from slidesparse.errors import ContextLost, DiskError, UnsupportedHere, VerificationError
 from slidesparse.kernels import operands
-from slidesparse.kernels.backend import Algorithm, Backend, backend, named
+from slidesparse.kernels.backend import Algorithm, Backend, backend, named, own_revision
 from slidesparse.kernels.gemm_library import loaded_versions
 from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.kernels.verify import Check
@@ -111,7 +111,7 @@ class _Table:
         columns = _columns(cell) | {"fingerprint": "", "emulation": side.emulation}
         try:
             self._source = self._source or _source(self._folder)
-            conditions = fingerprint(cell, self._stopping, self._seed, self._source, dense, self._versions)
+            conditions = fingerprint(cell, self._stopping, self._seed, self._source, dense, self._versions, *_own(side))
             columns["fingerprint"] = conditions
             if book.done(_key(cell), conditions):
                 self._outcome.ok += 1
@@ -312,6 +312,12 @@ def _against(
         f"{figure}_low": over.low,
         f"{figure}_high": over.high,
     }
+
+
+def _own(side: Backend) -> tuple[str, ...]:
+    """What else a figure depends on: the kernels of a backend of ours."""
+    revision = own_revision(side.name)
+    return (revision,) if revision else ()
 
 
 def _good(side: Backend, algorithm: Algorithm, check: Check) -> Check:

@@ -20,7 +20,7 @@ from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
 from slidesparse.errors import ContextLost, DiskError, UnsupportedHere, VerificationError
 from slidesparse.kernels import operands, verify
-from slidesparse.kernels.backend import backend, source_hash
+from slidesparse.kernels.backend import backend, own_revision, source_hash
 from slidesparse.kernels.linear import Choice, W8A8Linear
 from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.kernels.verify import Check
@@ -99,7 +99,8 @@ class _Variant:
                     backend(name).require(self._run.machine, self._dtype)
                 source = Checkpoint.open(self._folder).fingerprint() if self._folder.exists() else "random"
                 digest = self._store.digest(families, self._dtype)
-                kernels = backend(self._variant.backend).activations.revision, source_hash("reference_pipeline")
+                revisions = own_revision(self._variant.backend), backend(self._variant.backend).activations.revision
+                kernels = *(revision for revision in revisions if revision), source_hash("reference_pipeline")
                 conditions = fingerprint(
                     cell, self._stopping, self._seed, source, dense, digest, kernels, kernel_versions()
                 )

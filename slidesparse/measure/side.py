@@ -13,7 +13,7 @@ from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.config import Stopping
 from slidesparse.errors import DiskError, UnsupportedHere, VerificationError
 from slidesparse.kernels import verify
-from slidesparse.kernels.backend import backend, require
+from slidesparse.kernels.backend import backend, own_revision, require
 from slidesparse.kernels.verify import Check
 from slidesparse.measure.book import RowBook, reason_of
 from slidesparse.measure.engines.base import PROFILED_DECODE_STEP, Engine, Limits, Session
@@ -71,6 +71,9 @@ class Side:
             self._store = TuningStore.open(self._run.tree.tuning_store)
             require(self.variant.backend, self._run.machine, self.dtype)
             families = self._store.families
+            revision = (
+                "" if self.stock else own_revision("fused" if self.variant.backend == AUTO else self.variant.backend)
+            )
             if self.variant.backend not in (STOCK, AUTO):
                 kernels = backend(self.variant.backend)
                 families = {kernels.name, kernels.activations.name, kernels.activations.norm_family}
@@ -88,8 +91,9 @@ class Side:
         for cell in self.cells:
             conditions = (self.stopping(cell.phase), self._run.plan.profile.seed, source, runs_on.name)
             profiled = ("step profile",) if self._profiled(cell) else ()
+            kernels_of_ours = (revision,) if revision else ()
             self._prints[cell] = fingerprint(
-                cell, *conditions, runs_on.versions(), tuned, limits.tensor_parallel, *profiled
+                cell, *conditions, runs_on.versions(), tuned, limits.tensor_parallel, *profiled, *kernels_of_ours
             )
             if self._books[cell.phase].done(_key(cell), self._prints[cell]):
                 self._outcomes[cell.phase].ok += 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from slidesparse import files
 from slidesparse.dtypes import DType
 from slidesparse.errors import RecordError
-from slidesparse.kernels.backend import activation_revision
+from slidesparse.kernels.backend import own_revision
 from slidesparse.kernels.gemm_library import loaded_versions
 from slidesparse.machine import package_versions
 from slidesparse.pattern import Sparsity
@@ -110,7 +110,7 @@ class TuningStore:
 
     def versions(self, family: str) -> dict[str, str]:
         """The versions that entries of a family count under; of our own kernels their source is one."""
-        revision = activation_revision(family)
+        revision = own_revision(family)
         return self._versions | ({"kernels": revision} if revision else {})
 
     def find(
