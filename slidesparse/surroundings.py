@@ -164,8 +164,15 @@ def _hub_problem() -> str:
 def _backend_problem(name: str, machine: Machine, dtype: DType) -> str:
     try:
         require(name, machine, dtype)
+        if name == "fused":
+            from slidesparse.measure.fused_check import problem_here
+
+            wrong = problem_here(dtype)
+            return f"wrong on this GPU: {wrong}" if wrong else ""
     except UnsupportedHere as error:
         return str(error)
+    except (SlideSparseError, RuntimeError) as error:  # a kernel that crashes leaves torch's own error
+        return f"cannot be run on this GPU: {str(error).strip().splitlines()[0]}"
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.errors import SlideSparseError, UnsupportedHere
 from slidesparse.kernels import bitnet_reference, cutlass, operands, verify
 from slidesparse.kernels.cpu_activations import CpuActivations
+from slidesparse.machine import Gpu
 from slidesparse.measure.timer import Call
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Variant
@@ -330,7 +332,11 @@ def test_what_is_chosen_from(doubles: dict[str, Any], monkeypatch: pytest.Monkey
 
         return refuse
 
-    monkeypatch.setattr(doubles["fused"], "require", missing("fused"))  # another GPU than Hopper
+    ada = replace(MACHINE, gpu=Gpu("NVIDIA L40", (8, 9), 0, ""))
+    refused = ["backend fused is not verified on this GPU: tune with it first, and give the winners"]
+    assert auto.at_hand(sparsity, False, DType.INT8, ada) == ([SPARSE], refused)
+    assert auto.at_hand(sparsity, False, DType.INT8, ada, {"fused"}) == ([FUSED, SPARSE], [])
+    monkeypatch.setattr(doubles["fused"], "require", missing("fused"))
     assert auto.at_hand(sparsity, False, DType.INT8, MACHINE) == ([SPARSE], ["fused is not here"])
     monkeypatch.setattr(doubles["cutlass"], "require", missing("cutlass"))
     assert auto.at_hand(None, True, DType.INT8, MACHINE) == ([CUBLASLT], ["cutlass is not here"])

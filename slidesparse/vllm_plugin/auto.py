@@ -13,7 +13,7 @@ keeps compiled graphs, which know the size of an operand.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log2
@@ -26,6 +26,7 @@ from slidesparse.errors import SlideSparseError, UnsupportedHere, VerificationEr
 from slidesparse.kernels import operands, verify
 from slidesparse.kernels.backend import backend
 from slidesparse.kernels.bitnet_reference import BitNetOperation
+from slidesparse.kernels.fused import HOPPER
 from slidesparse.kernels.linear import Choice, W8A8Linear
 from slidesparse.machine import Machine
 from slidesparse.measure.clocks import buffer_sets
@@ -60,9 +61,13 @@ class Auto:
 
 
 def at_hand(
-    sparsity: Sparsity | None, keep_dense: bool, dtype: DType, machine: Machine
+    sparsity: Sparsity | None, keep_dense: bool, dtype: DType, machine: Machine, tuned: Collection[str] = ()
 ) -> tuple[list[Variant], list[str]]:
-    """Backends that can run here, and why the others cannot. Raises UnsupportedHere, with all reasons, if none can."""
+    """Backends that can run here, and why the others cannot. Raises UnsupportedHere, with all reasons, if none can.
+
+    tuned: families of kernels that the tuning store has winners of. Our own GEMM was tried on Hopper alone: elsewhere
+    it takes part once tuning has verified it on that machine.
+    """
     asked = [Variant(name) for name in DENSE if sparsity is None or keep_dense]
     if sparsity is not None:
         asked = [*(Variant(name, sparsity) for name in SPARSE), *asked]
@@ -70,6 +75,10 @@ def at_hand(
     for variant in asked:
         try:
             backend(variant.backend).require(machine, dtype)
+            if variant.backend == "fused" and not _tried(machine) and variant.backend not in tuned:
+                raise UnsupportedHere(
+                    "backend fused is not verified on this GPU: tune with it first, and give the winners"
+                )
         except UnsupportedHere as error:
             missing.append(str(error))
         else:
@@ -77,6 +86,10 @@ def at_hand(
     if not found:
         raise UnsupportedHere(f"backend auto has nothing to choose from: {'; '.join(missing)}")
     return found, missing
+
+
+def _tried(machine: Machine) -> bool:
+    return machine.gpu is None or machine.gpu.compute_capability[0] == HOPPER
 
 
 def default_sizes(captured: Sequence[int], most_tokens: int) -> tuple[int, ...]:

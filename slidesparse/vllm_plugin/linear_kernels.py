@@ -197,12 +197,16 @@ def _auto(chosen: Selection, dtype: DType) -> Auto:
     assert config is not None  # weights are loaded inside it
     captured = config.compilation_config.cudagraph_capture_sizes or ()
     sizes = chosen.sizes or default_sizes(captured, config.scheduler_config.max_num_batched_tokens)
-    return _auto_with(chosen.variant.sparsity, chosen.keep_dense, dtype, sizes)
+    store = _store(chosen.tuning)
+    families = frozenset(() if store is None else store.families)
+    return _auto_with(chosen.variant.sparsity, chosen.keep_dense, dtype, sizes, families)
 
 
 @lru_cache(maxsize=8)
-def _auto_with(sparsity: Sparsity | None, keep_dense: bool, dtype: DType, sizes: tuple[int, ...]) -> Auto:
-    found, missing = at_hand(sparsity, keep_dense, dtype, detect())
+def _auto_with(
+    sparsity: Sparsity | None, keep_dense: bool, dtype: DType, sizes: tuple[int, ...], families: frozenset[str]
+) -> Auto:
+    found, missing = at_hand(sparsity, keep_dense, dtype, detect(), families)
     for reason in missing:
         logging.getLogger("vllm.slidesparse").info("auto leaves out: %s", reason)
     return Auto(tuple(found), sizes, clock_of(backend(found[0].backend)))

@@ -23,8 +23,15 @@ def register() -> None:
         logging.getLogger("vllm.slidesparse").warning(problem)  # vLLM's own handler prints it
         return
     from vllm import ModelRegistry
+    from vllm.platforms import current_platform
 
+    from slidesparse.bake import assembler
+    from slidesparse.bake.counts import follow
     from slidesparse.vllm_plugin import linear_kernels
 
     ModelRegistry.register_model(ARCHITECTURE, MODEL)
     linear_kernels.install()
+    capability = current_platform.get_device_capability()
+    if capability is not None:
+        assembler.settle(10 * capability.major + capability.minor)
+    follow()
