@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # System packages: what runs (runtime), and on top what only builds (builder). Debian and Ubuntu.
 #   10-system.sh runtime|builder
-# A C compiler stays in the runtime: Triton and torch.compile build small launchers with it when a cache misses.
+# A C++ compiler stays in the runtime: Triton and torch.compile build launchers with it when a cache misses.
 set -euo pipefail
 
 case ${1:?runtime or builder} in
-  runtime) packages=(ca-certificates gcc libc6-dev make python3 python3-dev python3-venv) ;;
-  builder) packages=(cmake g++) ;;
+  runtime) packages=(ca-certificates g++ make python3 python3-dev python3-venv) ;;
+  builder) packages=(cmake) ;;
   *) echo "10-system.sh: $1: runtime or builder" >&2; exit 2 ;;
 esac
 export DEBIAN_FRONTEND=noninteractive
