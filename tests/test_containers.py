@@ -205,6 +205,30 @@ def test_save_leaves_no_half_file(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("other*"))
 
 
+def test_the_list_of_files_tells_two_images_apart(tmp_path: Path) -> None:
+    """What the script runs in a container, run here on a folder: contents, modes and links all count."""
+    text = (ROOT / "docker" / "manifest.sh").read_text()
+    root = tmp_path / "root"
+    (root / "folder").mkdir(parents=True)
+    (root / "folder" / "two\\words").write_text("one")
+    (root / "link").symlink_to("folder")
+    inner = re.search(r"bash \"\$name\" -c '\n(.*)'$", text, re.S)
+    assert inner is not None
+
+    def listed() -> list[str]:
+        command = ["bash", "-c", inner[1].replace("find /", f"find {root}")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    first = listed()
+    assert f"{root}/link -> folder" in first
+    assert listed() == first
+    (root / "folder" / "two\\words").chmod(0o600)
+    changed = listed()
+    assert len(set(changed) - set(first)) == 1
+    (root / "folder" / "two\\words").write_text("two")
+    assert len(set(listed()) - set(changed)) == 1
+
+
 @pytest.mark.parametrize(("driver", "compat", "said"), [
     ("550.54.15", True, "using CUDA's forward-compatibility libraries"),
     ("550.54.15", False, "install driver 580 or newer"),
