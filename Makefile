@@ -13,6 +13,9 @@ VENV ?= .venv
 # An environment that is used as it is, nothing installed: set in the images.
 BAKED ?= $(SLIDESPARSE_BAKED)
 CONFIRM ?=
+# Of `bake`: where compiled kernels go, and for which GPUs.
+CACHE ?= triton-cache
+ARCHITECTURES ?= all
 ENGINE ?= docker
 BASE_IMAGE ?=
 PLATFORM ?= $(subst arm64,aarch64,$(shell uname -m))
@@ -29,7 +32,7 @@ SETUP := VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH
 COMMANDS := all prepare convert tune prefill decode throughput kernel linear calibrate report plan status doctor
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: $(COMMANDS) env env-dev test lint format lock clean help image image-test image-save
+.PHONY: $(COMMANDS) bake env env-dev test lint format lock clean help image image-test image-save
 
 ##@ The whole run
 all:      ## all tasks, then the report; run again to resume
@@ -51,6 +54,9 @@ report:   ## render reports/<tag>/report.md again, from records alone
 
 $(COMMANDS): env
 	@$(RUN) $@ $(ARGS)
+
+bake: env ## compile the profile's Triton kernels into CACHE for ARCHITECTURES, without a GPU (docs/bake.md)
+	@$(RUN) bake --cache "$(CACHE)" --architectures "$(ARCHITECTURES)" $(ARGS)
 
 ##@ Development
 test: env-dev ## the test-suite (ARGS="tests/test_config.py -k line", ARGS=--slow)
@@ -114,6 +120,8 @@ help: ## this list
 	  TORCH_INDEX 'one more package index for torch, e.g. that of its CPU builds' \
 	  VENV 'folder of the environment (default: .venv)' \
 	  BAKED 'an environment to use as it is (set in the images)' \
+	  CACHE 'folder that make bake fills (default: triton-cache)' \
+	  ARCHITECTURES 'GPUs that it is filled for: all, or a list such as 80,90,120' \
 	  ENGINE 'docker or podman' \
 	  PLATFORM 'x86_64 or aarch64: of the image (default: this machine)' \
 	  IMAGE 'its name (default: slidesparse:PLATFORM)' \

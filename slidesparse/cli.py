@@ -15,7 +15,6 @@ import click
 from slidesparse import __version__
 from slidesparse.errors import ContextLost, SlideSparseError
 
-
 REFERENCE = "bitnet-2b"
 """The profile of a GPU host."""
 
@@ -182,11 +181,11 @@ def doctor(options: Options, require_baked: bool) -> None:
     if options.as_json:
         click.echo(json.dumps([vars(finding) for finding in findings], indent=1))
     else:
-        print_findings(findings)
+        print_findings(findings, as_lines=require_baked)
     sys.exit(exit_code(findings))
 
 
-class _Architectures(click.ParamType):
+class _Architectures(click.ParamType[tuple[int, ...]]):
     """`90,120` -> (90, 120); the letter of `90a` means nothing to Triton."""
 
     name = "LIST"
@@ -207,8 +206,11 @@ class _Architectures(click.ParamType):
 @click.option("--architectures", type=_Architectures(), default="all", show_default=True, help="GPUs: 80,86,90,...")
 @click.option("--cache", type=click.Path(path_type=Path), required=True, help="folder that the kernels go into")
 @click.option("--jobs", type=click.IntRange(min=1), help="processes; default: one a core")
+@click.option("--triton-package", type=click.Path(path_type=Path), help="Triton of another CPU to bake for, unpacked")
 @click.pass_obj
-def bake(options: Options, architectures: tuple[int, ...], cache: Path, jobs: int | None) -> None:
+def bake(
+    options: Options, architectures: tuple[int, ...], cache: Path, jobs: int | None, triton_package: Path | None
+) -> None:
     """Compile every Triton kernel that the profile launches (auto: bitnet-2b), without a GPU. Run again to resume."""
     from slidesparse.bake import require_triton
 
@@ -216,7 +218,7 @@ def bake(options: Options, architectures: tuple[int, ...], cache: Path, jobs: in
     from slidesparse.bake.warm import bake as warm
 
     cores = len(os.sched_getaffinity(0))
-    baked = warm(options.plan(auto=REFERENCE), architectures, cache, jobs or cores, options.quiet)
+    baked = warm(options.plan(auto=REFERENCE), architectures, cache, jobs or cores, options.quiet, triton_package)
     click.echo(json.dumps(vars(baked)) if options.as_json else f"baked {baked}")
 
 

@@ -130,8 +130,16 @@ def print_status(state: dict[str, Any]) -> None:
     console.print(f"{count[0]} succeeded, {count[1]} failed, {count[2]} skipped")
 
 
-def print_findings(findings: Iterable[Finding]) -> None:
-    """What `doctor` found: one line each, with the advice where something is missing."""
+def print_findings(findings: Iterable[Finding], as_lines: bool = False) -> None:
+    """What `doctor` found: one line each, with the advice where something is missing.
+
+    as_lines: unbroken lines, for long details, instead of a table as wide as the terminal.
+    """
+    if as_lines:
+        for finding in findings:
+            advice = f" -> {finding.advice}" if finding.advice else ""
+            print(f"{finding.status}: {finding.name}: {finding.detail}{advice}")
+        return
     console = Console()
     colours = {"ok": "green", "warning": "yellow", "missing": "red"}
     table = Table(show_header=False, box=None)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slidesparse import files, machine
+from slidesparse.bake.counts import Counts, counting
 from slidesparse.errors import ContextLost, DiskError, SlideSparseError
 from slidesparse.kernels.gemm_library import loaded_versions
 from slidesparse.plan import Plan, Stage, Task
@@ -57,7 +58,11 @@ def open_run(plan: Plan, quiet: bool = False) -> Iterator[Run]:
     with files.exclusive(tree.root), _logger(tree.logs / f"{run_id}.log", run_id) as log:
         run = Run(plan, tree, machine.detect(), run_id, log, quiet)
         _write_environment(run)
-        yield run
+        with counting(tree.logs / f"{run_id}.triton", here=run.machine.gpu is not None) as counts:
+            try:
+                yield run
+            finally:
+                _note_triton_cache(run, counts())
 
 
 def run_tasks(run: Run, tasks: Iterable[Task]) -> int:
@@ -222,6 +227,19 @@ def _write_environment(run: Run) -> None:
             "runs": [*before.get("runs", []), this],
         },
     )
+
+
+def _note_triton_cache(run: Run, counts: Counts) -> None:
+    """Into the log and the run's entry of `environment.json`; nothing where no kernel was launched."""
+    if counts.empty:
+        return
+    run.log.info("%s", counts)
+    try:
+        environment = files.read_json(run.tree.environment)
+        environment["runs"][-1]["triton_cache"] = vars(counts)
+        files.write_json(run.tree.environment, environment)
+    except DiskError as error:  # what ended the run says more
+        run.log.error("%s", error)
 
 
 def source_commit() -> str:

@@ -1,7 +1,7 @@
 """A baked cache on disk: Triton's own layout, and an index that says what was baked by what.
 
     FOLDER/slidesparse-index.json
-    FOLDER/{base32 of a digest}/__grp__{kernel}.json, {kernel}.json, {kernel}.cubin, {kernel}.source
+    FOLDER/{base32 of a digest}/__grp__{kernel}.json, {kernel}.json, {kernel}.cubin, {kernel}.source (empty)
     FOLDER/{base32 of a digest}/__triton_launcher{suffix of extension modules}
 
 Triton writes absolute paths into the `__grp__` files. Here only their last parts count, so that a folder may be moved.

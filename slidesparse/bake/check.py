@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slidesparse.bake import require_triton
-from slidesparse.bake.cache import VARIABLE, Index, baked_folder, holds_file, holds_kernel
+from slidesparse.bake.cache import INDEX, VARIABLE, Index, baked_folder, holds_file, holds_kernel
 from slidesparse.doctor import Finding
 from slidesparse.errors import SlideSparseError
 from slidesparse.machine import Machine
@@ -27,6 +27,8 @@ def check_baked(plan: Plan, machine: Machine) -> list[Finding]:
         import triton
 
         folder = baked_folder() or Path(triton.knobs.cache.dir)
+        if not (folder / INDEX).is_file():
+            return [Finding(NAME, "missing", f"{folder} holds no baked kernels", f"bake into it, or set {VARIABLE}")]
         index = Index.read(folder)
         architectures = index.architectures
         if machine.gpu is not None:

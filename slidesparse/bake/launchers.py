@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def launchers(specialisations: Iterable[Specialisation]) -> tuple[Launcher, ...]
     return (utilities, *dict.fromkeys(Launcher("__triton_launcher", _source(one)) for one in signatures))
 
 
-def compile_missing(wanted: Iterable[Launcher], cache: Path) -> int:
-    """Compile into Triton's cache, which is `cache`, what is not there; how many were compiled.
+def compile_missing(wanted: Iterable[Launcher], cache: Path) -> None:
+    """Compile into Triton's cache, which is `cache`, what is not there.
 
     Only for a process that never launches anything: the empty driver library stays loaded.
 
@@ -64,14 +65,11 @@ def compile_missing(wanted: Iterable[Launcher], cache: Path) -> int:
     """
     missing = [one for one in wanted if not holds_file(cache, one.digest, one.filename)]
     if not missing:
-        return 0
-    with tempfile.TemporaryDirectory() as room:
-        _empty_driver_library(Path(room))
+        return
+    with empty_driver_library() as room:
         for one in missing:
-            compile_module_from_src(
-                one.source, one.name, [nvidia.libdevice_dir, room], nvidia.include_dirs, nvidia.libraries
-            )
-    return len(missing)
+            folders = [nvidia.libdevice_dir, str(room)]
+            compile_module_from_src(one.source, one.name, folders, nvidia.include_dirs, nvidia.libraries)
 
 
 def _source(signature: tuple[str, ...]) -> str:
@@ -79,17 +77,24 @@ def _source(signature: tuple[str, ...]) -> str:
     return source
 
 
-def _empty_driver_library(room: Path) -> None:
-    """Make and load a library with every function that CUDA's header names: linkers and loaders are content with it."""
+@contextmanager
+def empty_driver_library() -> Iterator[Path]:
+    """Make and load a library with every function that CUDA's header names: linkers and loaders are content with it.
+
+    Gives its folder, which is gone afterwards. Raises as `compile_missing` does.
+    """
     compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if compiler is None:
         raise UnsupportedHere("no C compiler for Triton's launchers; install gcc")
     header = (Path(nvidia.include_dirs[0]) / "cuda.h").read_text(encoding="utf-8", errors="replace")
-    source, library = room / "driver.c", room / DRIVER_LIBRARY
-    source.write_text("".join(f"void {name}(void) {{}}\n" for name in sorted(set(re.findall(r"\bcu[A-Z]\w*", header)))))
-    command = [compiler, "-shared", "-fPIC", "-w", f"-Wl,-soname,{DRIVER_LIBRARY}", "-o", str(library), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SlideSparseError(f"{compiler}: {done.stderr.strip().splitlines()[0]}; repair the C compiler")
-    # Loaded under the name of the driver's library, it is what the launchers find when they are loaded in turn.
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    names = sorted(set(re.findall(r"\bcu[A-Z]\w*", header)))
+    with tempfile.TemporaryDirectory() as room:
+        source, library = Path(room) / "driver.c", Path(room) / DRIVER_LIBRARY
+        source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+        command = [compiler, "-shared", "-fPIC", "-w", f"-Wl,-soname,{DRIVER_LIBRARY}", "-o", str(library), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SlideSparseError(f"{compiler}: {done.stderr.strip().splitlines()[0]}; repair the C compiler")
+        # Loaded under the name of the driver's library, it is what the launchers find when they are loaded in turn.
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        yield Path(room)

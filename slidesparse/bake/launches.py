@@ -15,7 +15,7 @@ import torch
 from slidesparse.config import Model
 from slidesparse.dtypes import DType
 from slidesparse.kernels import reference_pipeline, triton_copy
-from slidesparse.kernels.backend import backend
+from slidesparse.kernels.backend import ActivationOperation, backend
 from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.kernels.gpu import FP8_CAPABILITY, output
 from slidesparse.kernels.gpu_activations import TritonActivations
@@ -74,7 +74,7 @@ def _launch_model(plan: Plan, model: Model, name: str, dtype: DType) -> None:
 def quantise(dtype: DType, sparsity: Sparsity | None, k: int, tokens: Iterable[int] | None = None) -> None:
     """Quantise, and lift, rows of K values, by every launch that tuning tries; `tokens`: the Ms, one of every class."""
     kernels = TritonActivations()
-    operation = "quantise" if sparsity is None else "quantise_lift"
+    operation: ActivationOperation = "quantise" if sparsity is None else "quantise_lift"
     for m, algorithm in product(token_counts() if tokens is None else tokens, kernels.algorithms(operation, dtype)):
         kernels.quantise(_empty(m, k, dtype=torch.bfloat16), dtype, sparsity, algorithm)
 

@@ -10,14 +10,18 @@ read-only and may lie elsewhere than where it was made.
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from triton.runtime.cache import CacheManager, FileCacheManager
 
 from slidesparse.bake.cache import baked_folder, group
 
+BAKING = f"{__name__}:Baking"
+"""For TRITON_CACHE_MANAGER while baking."""
 
-class BakedCache(CacheManager):
+
+class BakedCache(CacheManager):  # type: ignore[misc]
     """One entry of the cache, as Triton asks for it."""
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
@@ -48,3 +52,16 @@ class BakedCache(CacheManager):
 
     def put_group(self, filename: str, group: dict[str, str]) -> Any:
         return self._own.put_group(filename, group)
+
+
+class Baking(FileCacheManager):  # type: ignore[misc]
+    """Triton's own layout, as it is written while baking."""
+
+    def put(self, data: Any, filename: str, binary: bool = True) -> str:
+        """A kernel's intermediate code stays empty: it is two thirds of all bytes and of no use later."""
+        path: str = super().put("" if filename.endswith(".source") else data, filename, binary)
+        return path
+
+    def get_group(self, filename: str) -> dict[str, str] | None:
+        """Only what is whole in this very folder, wherever it was made, counts as there."""
+        return group(Path(self.cache_dir).parent, self.key, filename)

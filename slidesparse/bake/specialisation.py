@@ -85,7 +85,9 @@ def _specialisation(
     options = backend.parse_options({key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()})
     key = get_cache_key(source, backend, options, get_cache_invalidating_env_vars())
     arguments = [
-        f"{name}={constants[place,]}" if kind == "constexpr" else f"{name}:{kind}{'%16' * bool(attributes.get((place,)))}"
+        f"{name}={constants[place,]}"
+        if kind == "constexpr"
+        else f"{name}:{kind}{'%16' * bool(attributes.get((place,)))}"
         for place, (name, kind) in enumerate(signature.items())
     ]
     return Specialisation(

@@ -8,13 +8,16 @@ import signal
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from slidesparse import files
-from slidesparse.bake.cache import INDEX, VARIABLE, Index, holds_file, holds_kernel, size
+from slidesparse.bake.cache import Index, holds_file, holds_kernel, size
 from slidesparse.bake.launchers import Launcher, compile_missing, launchers
 from slidesparse.bake.launches import launch_all
+from slidesparse.bake.other_cpu import OtherCpu, read, taking_on
+from slidesparse.bake.overlay import BAKING
 from slidesparse.bake.specialisation import Specialisation, trace
 from slidesparse.bake.toolchain import toolchain
 from slidesparse.errors import DiskError, SlideSparseError
@@ -47,23 +50,34 @@ def specialisations(plan: Plan, architecture: int) -> tuple[Specialisation, ...]
     return trace(architecture, lambda: launch_all(plan, architecture))
 
 
-def bake(plan: Plan, architectures: Iterable[int], cache: Path, jobs: int, quiet: bool = False) -> Baked:
+def bake(
+    plan: Plan,
+    architectures: Iterable[int],
+    cache: Path,
+    jobs: int,
+    quiet: bool = False,
+    triton_package: Path | None = None,
+) -> Baked:
     """Compile what is not yet in `cache`, in `jobs` processes. An interrupted bake goes on where it was.
 
+    triton_package: bake for a machine that has this package (see `other_cpu`), all but its C launchers.
+
     Raises:
+        ConfigError: `triton_package` is no package of the release that is installed.
         DiskError: `cache` cannot be written.
         SlideSparseError: a kernel cannot be compiled (which, why), or another process bakes into `cache`.
         UnsupportedHere: no C compiler, or kernels go to Triton's interpreter.
     """
     started, cache = time.monotonic(), cache.absolute()
     chosen = tuple(sorted(set(architectures)))
-    with files.exclusive(cache):
+    other = None if triton_package is None else read(triton_package)
+    with files.exclusive(cache), taking_on(other):
         wanted = [one for architecture in chosen for one in specialisations(plan, architecture)]
-        modules = launchers(wanted)
+        modules = launchers(wanted) if other is None else ()
         missing = [one for one in wanted if not holds_kernel(cache, one.digest, one.name)]
-        others = [one for one in modules if not holds_file(cache, one.digest, one.filename)]
-        with track(f"bake {plan.profile_name}", len(missing) + bool(others), quiet) as bar:
-            _compile(missing, others, cache, jobs, bar)
+        absent = [one for one in modules if not holds_file(cache, one.digest, one.filename)]
+        with track(f"bake {plan.profile_name}", len(missing) + bool(absent), quiet) as bar:
+            _compile(missing, absent, cache, jobs, other, bar)
         _verify(wanted, modules, cache)
         index = Index(
             toolchain(chosen),
@@ -72,21 +86,26 @@ def bake(plan: Plan, architectures: Iterable[int], cache: Path, jobs: int, quiet
             {one.digest: str(one) for one in wanted},
             {one.digest: one.filename for one in modules},
         )
-        if (cache / INDEX).exists():
+        with suppress(SlideSparseError):  # none there, or a damaged one: it gets a new one
             index = Index.read(cache).and_(index)
         index.write(cache)
-    compiled, seconds = len(missing) + len(others), round(time.monotonic() - started, 1)
+    compiled, seconds = len(missing) + len(absent), round(time.monotonic() - started, 1)
     return Baked(str(cache), len(wanted), len(modules), compiled, size(cache), seconds)
 
 
 def _compile(
-    kernels: Sequence[Specialisation], modules: Sequence[Launcher], cache: Path, jobs: int, bar: Bar
+    kernels: Sequence[Specialisation],
+    modules: Sequence[Launcher],
+    cache: Path,
+    jobs: int,
+    other: OtherCpu | None,
+    bar: Bar,
 ) -> None:
     """In processes of their own: Triton's settings are those of a process."""
     if not kernels and not modules:
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_enter, initargs=(str(cache),)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_enter, initargs=(str(cache), other)) as pool:
         work = {pool.submit(one.compile): str(one) for one in kernels}
         if modules:
             work[pool.submit(compile_missing, modules, cache)] = "C launchers"
@@ -95,7 +114,7 @@ def _compile(
                 done.result()
                 bar.advance(note=work[done].partition("(")[0])
         except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             if isinstance(error, SlideSparseError) or not isinstance(error, Exception):
                 raise
             problem = describe_os_error(error, cache)
@@ -105,12 +124,12 @@ def _compile(
             raise SlideSparseError(f"{work[done]} cannot be compiled: {lines[-1].strip()}") from error
 
 
-def _enter(cache: str) -> None:
+def _enter(cache: str, other: OtherCpu | None) -> None:
     """Settings of a process that compiles: into `cache`, machine code alone, to its end when the user interrupts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in (VARIABLE, "TRITON_CACHE_MANAGER"):
-        os.environ.pop(name, None)
-    os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_STORE_BINARY_ONLY": "1"}
+    os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_STORE_BINARY_ONLY": "1", "TRITON_CACHE_MANAGER": BAKING}
+    if other is not None:
+        other.take_on()
 
 
 def _verify(kernels: Iterable[Specialisation], modules: Iterable[Launcher], cache: Path) -> None:
