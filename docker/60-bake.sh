@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Machine code of our Triton kernels into /opt/triton-cache, for each GPU architecture given (80, 90a, ...).
+# What a folder triton-cache of the checkout holds already is taken from there (docs/containers.md, emulation).
 set -euo pipefail
 
-mkdir -p /opt/triton-cache
+cache=/opt/triton-cache
 cd /opt/slidesparse
-architectures=$(tr ' ' '\n' <<<"$*" | tr -d '[:lower:]' | paste -sd, -)
-TRITON_CACHE_DIR=/opt/triton-cache /opt/venv/bin/python -m slidesparse.bake --profile bitnet-2b \
-  --architectures "$architectures" --cache /opt/triton-cache
-chmod -R a+rX /opt/triton-cache
+mkdir -p "$cache"
+if [ -d triton-cache ]; then cp -R triton-cache/. "$cache" && rm -rf triton-cache; fi
+/opt/venv/bin/python -m slidesparse.bake --profile bitnet-2b --quiet --architectures "$(paste -sd, <(printf '%s\n' "$@"))" \
+  --cache "$cache"
+rm -f "$cache/.lock"
+chmod -R a+rX "$cache"

@@ -1,12 +1,6 @@
 #!/usr/bin/env bash
-# Before the command: caches that may be written to, and a driver that is too old. Says what it does on stderr.
+# Before the command: what a driver that is too old needs. Says what it does on stderr.
 set -euo pipefail
-
-# Kernels that were compiled when the image was made are linked into a cache that may grow: a miss is compiled there.
-cache=${TRITON_CACHE_DIR:-/tmp/triton}
-if [ -d /opt/triton-cache ] && mkdir -p "$cache" 2>/dev/null; then
-  find /opt/triton-cache -mindepth 1 -maxdepth 1 -exec ln -sfn -t "$cache" {} +
-fi
 
 # CUDA 13 on a driver of CUDA 12: NVIDIA's forward-compatibility libraries, on the data-centre GPUs that they are for.
 needed=580 compat=/usr/local/cuda/compat

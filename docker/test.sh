@@ -13,6 +13,8 @@ say "contents"
 "${run[@]}" "$name" docker/image-check.sh
 say "doctor"
 "${run[@]}" "$name" make doctor PROFILE=smoke
+say "kernels of the GPU profile, for every GPU of the image"
+"${run[@]}" "$name" make doctor ARGS=--require-baked
 say "smoke"
 "${run[@]}" "$name" make all PROFILE=smoke
 say "tests"

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from slidesparse.bake.cache import VARIABLE
+from slidesparse.bake.check import MANAGER
+
 ROOT = Path(__file__).parent.parent
 CPUS = ("x86_64", "aarch64")
 SCRIPTS = sorted((ROOT / "docker").glob("*.sh"))
@@ -62,6 +65,16 @@ def test_it_ends_as_a_numeric_user_with_all_writes_outside_the_root(cpu: str) ->
     assert wanted | {"NUMBA_CACHE_DIR", "MPLCONFIGDIR"} == set(folders)
     labels = set(re.findall(r"org\.opencontainers\.image\.(\w+)=", runtime))
     assert {"source", "revision", "version", "created", "licenses"} <= labels
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_triton_looks_where_kernels_were_baked(cpu: str) -> None:
+    runtime = dockerfile(cpu).partition("AS runtime")[2]
+    folder = re.search(rf"{VARIABLE}=(\S+)", runtime)
+    assert folder is not None
+    assert f"COPY --from=builder {folder[1]} {folder[1]}" in runtime
+    assert f"cache={folder[1]}\n" in (ROOT / "docker" / "60-bake.sh").read_text()
+    assert f"TRITON_CACHE_MANAGER={MANAGER}" in runtime
 
 
 @pytest.mark.parametrize("cpu", CPUS)
@@ -133,7 +146,7 @@ def test_the_build_context_is_what_is_named() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in lines
     named = {line[1:] for line in lines if line.startswith("!")}
-    assert all(list(ROOT.glob(name)) for name in named)
+    assert all(list(ROOT.glob(name)) for name in named - {"triton-cache"})  # only where `make bake` made it
     assert not named & {".git", ".venv", "reports", "checkpoints"}
 
 
@@ -181,13 +194,13 @@ def test_test_runs_as_users_do(tmp_path: Path) -> None:
     done = run("test.sh", "name", ENGINE=str(engine), GPU_FLAGS="--gpus all")
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 4
     for call in calls:
         assert "[--read-only][--network][none][--user][10001:10001]" in call
         assert "[--gpus][all]" in call
     assert [call.rpartition("[name]")[2] for call in calls] == [
         "[docker/image-check.sh]",
         "[make][doctor][PROFILE=smoke]",
+        "[make][doctor][ARGS=--require-baked]",
         "[make][all][PROFILE=smoke]",
         "[make][test][ARGS=-p no:cacheprovider -q]",
     ]
@@ -245,7 +258,7 @@ def test_the_entrypoint_says_what_an_old_driver_means(tmp_path: Path, driver: st
     script = (ROOT / "docker" / "entrypoint.sh").read_text().replace("/usr/local/cuda/compat", str(library.parent))
     entry = tmp_path / "entrypoint.sh"
     entry.write_text(script)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", str(entry), "sh", "-c", "echo ran with $LD_LIBRARY_PATH"],
         capture_output=True,
