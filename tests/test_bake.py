@@ -232,6 +232,14 @@ def test_interpreted_kernels_cannot_be_baked(tmp_path: Path) -> None:
     assert done.stderr == "error: TRITON_INTERPRET is set, so no kernel is compiled; unset it\n"
 
 
+def test_a_profile_of_the_cpu_has_nothing_to_bake(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["--profile", "smoke", "bake", "--cache", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "error: profile smoke launches no Triton kernel" in done.output
+    done = CliRunner().invoke(main, ["--profile", "smoke", "doctor", "--require-baked"])
+    assert (done.exit_code, done.output) == (0, "ok: Triton cache: profile smoke launches no Triton kernel\n")
+
+
 @pytest.mark.parametrize("given", ["70", "90,sm_80", ","])
 def test_unknown_architectures_are_refused(given: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["bake", "--architectures", given, "--cache", str(tmp_path)])

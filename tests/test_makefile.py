@@ -21,7 +21,7 @@ case "$*" in
 esac
 """
 TARGETS = ("prepare", "convert", "tune", "prefill", "decode", "kernel", "report", "all", "plan", "status", "doctor")
-TARGETS += ("test", "lint", "format", "lock", "clean", "help", "env")
+TARGETS += ("bake", "test", "lint", "format", "lock", "clean", "help", "env")
 
 
 class Checkout:
@@ -73,6 +73,14 @@ def test_help_explains_every_target(checkout: Checkout) -> None:
         assert re.search(rf"^  {target} +\w", text, re.M), target
     for variable in ("PROFILE", "SOURCE", "DATA", "CONFIG", "PYTHON", "TORCH", "TORCH_INDEX", "ARGS", "BAKED"):
         assert re.search(rf"^  {variable} +\w", text, re.M), variable
+
+
+def test_bake_has_its_folder_and_architectures(checkout: Checkout) -> None:
+    done = checkout("make", "bake", "CACHE=/a b", "ARCHITECTURES=90,120", "ARGS=--jobs 1", "PROFILE=paper")
+    assert done.returncode == 0, done.stderr
+    assert checkout.asked()[-1] == (
+        "-m slidesparse --config bench.yaml --profile paper --data . bake --cache /a b --architectures 90,120 --jobs 1"
+    )
 
 
 def test_a_target_calls_the_command_of_its_name(checkout: Checkout) -> None:

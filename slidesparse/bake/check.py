@@ -22,6 +22,8 @@ def check_baked(plan: Plan, machine: Machine) -> list[Finding]:
 
     Nothing is compiled. The cache is the one that the environment names (`overlay`), else Triton's own folder.
     """
+    if not plan.profile.on_gpu:
+        return [Finding(NAME, "ok", f"profile {plan.profile_name} launches no Triton kernel")]
     try:
         require_triton()
         import triton

@@ -38,10 +38,8 @@ def token_counts() -> tuple[int, ...]:
 def launch_all(plan: Plan, architecture: int) -> None:
     """Launch everything that the plan can launch on `architecture` (90: compute capability 9.0); for `trace`.
 
-    A profile without GPU backends launches nothing. FP8 is left out where the GPU has none.
+    The profile has GPU backends. FP8 is left out where the GPU has none.
     """
-    if not plan.profile.on_gpu:
-        return
     for launch in triton_copy.LAUNCHES:
         buffer = _empty(triton_copy.GRAIN, dtype=torch.uint8)
         triton_copy.copy(buffer, buffer, launch)

@@ -20,7 +20,7 @@ from slidesparse.bake.other_cpu import OtherCpu, read, taking_on
 from slidesparse.bake.overlay import BAKING
 from slidesparse.bake.specialisation import Specialisation, trace
 from slidesparse.bake.toolchain import toolchain
-from slidesparse.errors import DiskError, SlideSparseError
+from slidesparse.errors import ConfigError, DiskError, SlideSparseError
 from slidesparse.files import describe_os_error
 from slidesparse.plan import Plan
 from slidesparse.progress import Bar, track
@@ -63,11 +63,13 @@ def bake(
     triton_package: bake for a machine that has this package (see `other_cpu`), all but its C launchers.
 
     Raises:
-        ConfigError: `triton_package` is no package of the release that is installed.
+        ConfigError: the profile has no kernel to bake, or `triton_package` is no package of the installed release.
         DiskError: `cache` cannot be written.
         SlideSparseError: a kernel cannot be compiled (which, why), or another process bakes into `cache`.
         UnsupportedHere: no C compiler, or kernels go to Triton's interpreter.
     """
+    if not plan.profile.on_gpu:
+        raise ConfigError(f"profile {plan.profile_name} launches no Triton kernel; bake one with GPU backends")
     started, cache = time.monotonic(), cache.absolute()
     chosen = tuple(sorted(set(architectures)))
     other = None if triton_package is None else read(triton_package)
