@@ -32,7 +32,7 @@ SETUP := VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH
 COMMANDS := all prepare convert tune prefill decode throughput kernel linear calibrate report plan status doctor
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: $(COMMANDS) bake env env-dev test lint format lock clean help image image-test image-save
+.PHONY: $(COMMANDS) bake env env-dev test lint format lock clean help image image-test image-save image-sbom image-files
 
 ##@ The whole run
 all:      ## all tasks, then the report; run again to resume
@@ -89,6 +89,12 @@ image-test: ## what the image must hold and must not, then smoke and the tests i
 image-save: ## the image as a file, for hosts without a registry (OUT=FILE)
 	@ENGINE="$(ENGINE)" docker/save.sh "$(IMAGE)" "$(OUT)"
 
+image-sbom: ## its bill of materials (CycloneDX) on standard output
+	@"$(ENGINE)" run --rm --network none --entrypoint cat "$(IMAGE)" /opt/sbom/python.cdx.json
+
+image-files: ## every file of it with mode, owner and hash, on standard output: to compare two builds
+	@ENGINE="$(ENGINE)" docker/manifest.sh "$(IMAGE)"
+
 ##@ Environment
 env: ## make the environment (every target does that by itself)
 ifeq ($(BAKED),)
@@ -106,7 +112,7 @@ endif
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-	      /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	      /^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@printf '\n%s\n' 'Variables (make TARGET NAME=value)'
 	@printf '  %-12s %s\n' \
 	  PROFILE 'auto (smoke without a GPU, bitnet-2b with one), smoke, bitnet-2b, paper' \
