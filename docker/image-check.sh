@@ -23,12 +23,12 @@ found=$(env | grep -iE '^[^=]*(TOKEN|PASSWORD|SECRET|INDEX_URL)[^=]*=.' | cut -d
 [ -z "$found" ] || complain "in the environment: $found"
 
 # Compiled for every architecture that the image is for.
-for part in "peak ${SLIDESPARSE_ARCHITECTURES:?}" "fused ${SLIDESPARSE_ARCHITECTURES}"; do
-  read -r name architectures <<<"$part"
+IFS=', ' read -ra architectures <<<"${SLIDESPARSE_ARCHITECTURES:?}"
+for name in peak fused; do
   library=/opt/slidesparse/slidesparse/kernels/lib/libslidesparse_$name.so
   cuobjdump=$(find /opt/venv -name cuobjdump -type f | head -n 1)
   listed=$("$cuobjdump" --list-elf "$library" 2>/dev/null) || { complain "$library: cannot be read"; continue; }
-  for architecture in $architectures; do
+  for architecture in "${architectures[@]}"; do
     grep -q "sm_${architecture%a}\." <<<"$listed" || complain "$library: no code for sm_$architecture"
   done
 done
