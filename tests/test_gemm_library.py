@@ -195,6 +195,23 @@ def test_with_nvcc_all_are_built_and_unknown_architectures_named_once(
     assert re.findall(r",code=(\w+)", common) == ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
 
 
+def test_named_architectures_are_all_that_is_built(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image has code for the GPUs of its machines, and for all of them."""
+    called = tmp_path / "called"
+    script = f'echo "$@" >> {called}; while [ "$1" != -o ]; do shift; done; echo code > "$2"'
+    nvcc = fake_nvcc(tmp_path / "bin", "sm_80 sm_90 sm_121", script)
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    assert build.main("121", "80") == 0
+    assert set(re.findall(r",code=(\w+)", called.read_text())) == {"sm_80", "sm_121"}
+    for found, named, said in ((nvcc, "75", "no architecture 75 for"), (None, "80", "no nvcc; install")):
+        monkeypatch.setattr(build, "find_nvcc", lambda found=found: found)
+        capsys.readouterr()
+        assert build.main(named) == 1
+        assert said in capsys.readouterr().err
+
+
 def test_a_failing_nvcc_gives_its_first_error_and_leaves_no_library(
     libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""`python -m slidesparse.kernels.build`: compile csrc/ into the package.
+"""`python -m slidesparse.kernels.build [ARCHITECTURE...]`: compile csrc/ into the package, for all GPUs or those named.
 
 The GEMM library (csrc/src) needs a C++ compiler, cmake, and the CUDA headers that PyTorch's and NVIDIA's Python
 packages bring, or CUDA_HOME; no nvcc: it is host code that loads the CUDA libraries at run time. The tensor-core
@@ -158,16 +158,20 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def main() -> int:
+def main(*named: str) -> int:
     """Build all libraries, one whatever becomes of the others; say where they are and what was left out.
 
-    Returns the exit code: 1 when one could not be built (one that needs nvcc where there is none is no failure).
+    Args:
+        named: architectures such as 80 and 90a, all of which must be built; none: all that nvcc knows.
+
+    Returns the exit code: 1 when one could not be built (one that needs nvcc where there is none is no failure, unless
+    architectures were named).
     """
     package, failed = Path(__file__).parent, 0
     said: set[str] = set()  # what one nvcc does not know, no library has: one line
     for part in (_gemm_library, _device_library, _fused_library):
         try:
-            for line in part(package.parent.parent / "csrc", package / "lib"):
+            for line in part(package.parent.parent / "csrc", package / "lib", named):
                 if line not in said:
                     print(line)
                 said.add(line)
@@ -177,31 +181,41 @@ def main() -> int:
     return failed
 
 
-def _gemm_library(source: Path, target: Path) -> list[str]:
+def _gemm_library(source: Path, target: Path, named: tuple[str, ...]) -> list[str]:
     return [str(build(source, target))]
 
 
-def _device_library(source: Path, target: Path) -> list[str]:
+def _device_library(source: Path, target: Path, named: tuple[str, ...]) -> list[str]:
     purpose = "the tensor-core rates of `slidesparse calibrate`"
-    return _by_nvcc(build_device, source, target, peak_library.LIBRARY, purpose)
+    return _by_nvcc(build_device, source, target, named, peak_library.LIBRARY, purpose)
 
 
-def _fused_library(source: Path, target: Path) -> list[str]:
-    return _by_nvcc(build_fused, source, target, fused_library.LIBRARY, "backend fused")
+def _fused_library(source: Path, target: Path, named: tuple[str, ...]) -> list[str]:
+    return _by_nvcc(build_fused, source, target, named, fused_library.LIBRARY, "backend fused")
 
 
 def _by_nvcc(
-    build_it: Callable[[Path, Path, Path, tuple[str, ...]], Path], source: Path, target: Path, name: str, purpose: str
+    build_it: Callable[[Path, Path, Path, tuple[str, ...]], Path],
+    source: Path,
+    target: Path,
+    named: tuple[str, ...],
+    name: str,
+    purpose: str,
 ) -> list[str]:
     nvcc = find_nvcc()
+    if nvcc is None and named:
+        raise UnsupportedHere(f"{name}: {NO_NVCC}")
     if nvcc is None:
         return [f"left out: {name}, for {purpose}: {NO_NVCC}"]
     known = known_architectures(nvcc)
-    lines = [str(build_it(source, target, nvcc, known))]
-    if unknown := [f"sm_{name}" for name in ARCHITECTURES if name not in known]:
+    if strange := [one for one in named if one not in known]:
+        raise SlideSparseError(f"{name}: no architecture {strange[0]} for {nvcc}; it has {', '.join(known)}")
+    chosen = tuple(one for one in known if not named or one in named)
+    lines = [str(build_it(source, target, nvcc, chosen))]
+    if unknown := [f"sm_{one}" for one in ARCHITECTURES if one not in known]:
         lines.append(f"left out: {', '.join(unknown)}, which {nvcc} does not know")
     return lines
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
