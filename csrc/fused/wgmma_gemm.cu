@@ -179,7 +179,8 @@ std::vector<ss_fused_config> wgmma_configs(int capability, const ss_fused_proble
   static const Cluster split[] = {{1, 1, 1}, {1, 1, 2}, {1, 1, 4}, {1, 1, 8}};
   std::vector<ss_fused_config> found;
   const auto offer = [&](const ss_fused_config& config) {
-    if (obstacle(p, config).empty()) found.push_back(config);
+    const auto same = [&](const ss_fused_config& other) { return std::string(other.name) == config.name; };
+    if (obstacle(p, config).empty() && std::none_of(found.begin(), found.end(), same)) found.push_back(config);
   };
   for (int index = 0; index < int(entries().size()); ++index) {
     const Entry& entry = entries()[index];
