@@ -41,6 +41,7 @@ class Problem:
     channel_scale: torch.Tensor
     bias: torch.Tensor | None
     expected: torch.Tensor
+    family: Family = Family.MMA
 
     @staticmethod
     def random(m: int, n: int, k: int, dtype: DType, bias: bool, seed: int) -> Problem:
@@ -65,9 +66,9 @@ class Problem:
         room = torch.full((m * n + 2 * GUARD,), float("nan"), dtype=torch.bfloat16)
         room[:GUARD] = room[-GUARD:] = 7
         out = room[GUARD:-GUARD].view(m, n)
-        library.only_read([self.x, self.packed])
         scales = self.token_scale, self.channel_scale
-        library.gemm(config, self.x, self.packed, *scales, self.bias, out, family=Family.MMA, n=n, k=k)
+        library.only_read([self.x, self.packed, *scales, *([] if self.bias is None else [self.bias])])
+        library.gemm(config, self.x, self.packed, *scales, self.bias, out, family=self.family, n=n, k=k)
         assert bool((room[:GUARD] == 7).all() and (room[-GUARD:] == 7).all()), f"{config.name} writes around out"
         return out
 

@@ -58,6 +58,7 @@ struct State {
   Block* block = nullptr;
   std::mt19937 chance{1};
   std::string error;                                          // the first one of a launch
+  bool ends_threads = false;                                  // a thread with an error goes no further
   std::vector<std::pair<const char*, const char*>> readable;  // where copies may read; empty: anywhere
   long long conflicts = 0, wavefronts = 0;                    // of ldmatrix
   std::vector<std::unique_ptr<char[]>> stacks;                // of the threads of any block
@@ -68,12 +69,13 @@ inline State& state() {
 }
 inline Block& block() { return *state().block; }
 
+inline void yield() { swapcontext(&block().threads[block().current].context, &block().scheduler); }
+
 inline void complain(const std::string& what) {
   if (state().error.empty())
     state().error = "block " + std::to_string(block().index) + ", thread " + std::to_string(block().current) + ": " + what;
+  while (state().ends_threads) yield();
 }
-
-inline void yield() { swapcontext(&block().threads[block().current].context, &block().scheduler); }
 
 // `act` gets what each member brought, in the order of their lanes or threads.
 inline void meet(Meeting& meeting, int members, const char* what, void* mine,
