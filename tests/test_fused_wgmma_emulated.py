@@ -109,7 +109,7 @@ def test_every_split(library: EmulatedLibrary, split: int) -> None:
 
 def test_random_problems(library: EmulatedLibrary) -> None:
     chance = np.random.default_rng(90)
-    for number in range(24):
+    for number in range(16):
         dtype = EIGHT_BIT[number % 2]
         m, n, k = (int(chance.integers(1, most)) * unit for most, unit in ((260, 1), (50, 8), (40, 32)))
         problem = made(m, n, k, dtype, bool(chance.integers(2)), number)
@@ -301,6 +301,20 @@ def test_a_config_of_another_table_or_that_cannot_run_is_refused(library: Emulat
         (replace(small, head_start=small.stages), "the head start is longer than the stages"),
     ):
         refused(lambda wrong=wrong: problem.run(library, wrong), SlideSparseError, f"^fused GEMM .*{reason}$")  # type: ignore[misc]
+
+
+def test_a_bias_between_words_is_refused(library: EmulatedLibrary) -> None:
+    """It is copied two channels at a time."""
+    problem = made(8, 8, 32, DType.INT8, True, 1)
+    config = library.all_tiles(8, 32, torch.int8)[-1]
+    for first, reason in ((1, "bias must be aligned to 4 bytes"), (2, None)):
+        room = torch.zeros(16, dtype=torch.bfloat16)
+        room[first : first + 8] = problem.bias
+        moved = replace(problem, bias=room[first : first + 8])
+        if reason is None:
+            right(library, moved, config, 1)
+        else:
+            refused(lambda moved=moved: moved.run(library, config), SlideSparseError, reason)  # type: ignore[misc]
 
 
 def test_a_gpu_without_room_for_a_cluster(library: EmulatedLibrary) -> None:

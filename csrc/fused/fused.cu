@@ -32,6 +32,7 @@ void check_operands(const ss_fused_problem& p, const ss_fused_operands& o) {
   for (const void* pointer : {o.x, o.packed, static_cast<const void*>(o.out)})
     if (reinterpret_cast<uintptr_t>(pointer) % 16)
       throw Error(describe(p) + ": x, packed and out must be aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(o.bias) % 4) throw Error(describe(p) + ": bias must be aligned to 4 bytes");
 }
 
 bool is_wgmma(const ss_fused_problem& p) {

@@ -52,7 +52,7 @@ typedef struct {
   const void* packed;
   const float* token_scale;   /* [m] */
   const float* channel_scale; /* [n] */
-  const void* bias;           /* bfloat16 [n], or NULL */
+  const void* bias;           /* bfloat16 [n], 4-byte aligned, or NULL */
   void* out;                  /* bfloat16 [m, n] */
 } ss_fused_operands;
 
