@@ -3,6 +3,8 @@
 set -euo pipefail
 
 cd /opt/slidesparse
+# A checkout has the modes that its user's umask gave it.
+chmod -R u=rwX,go=rX .
 /opt/venv/bin/python -m pip install --disable-pip-version-check --no-input -q --no-deps --no-build-isolation --no-compile \
   --no-index --editable .
 rm -rf build ./*.egg-info
