@@ -73,7 +73,8 @@ inline void yield() { swapcontext(&block().threads[block().current].context, &bl
 
 inline void complain(const std::string& what) {
   if (state().error.empty())
-    state().error = "block " + std::to_string(block().index) + ", thread " + std::to_string(block().current) + ": " + what;
+    state().error =
+        "block " + std::to_string(block().index) + ", thread " + std::to_string(block().current) + ": " + what;
   while (state().ends_threads) yield();
 }
 

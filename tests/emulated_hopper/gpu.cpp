@@ -64,8 +64,9 @@ void run_cluster(Cluster& cluster) {
       state().ends_threads = true;
       run_one(*next->first, next->second);
       state().ends_threads = false;
-    } else if (!(chance(2) ? happen(cluster.soon) || happen(cluster.late) : happen(cluster.late) || happen(cluster.soon))) {
-      break;
+    } else {
+      const bool soon = chance(2) == 0;
+      if (!happen(soon ? cluster.soon : cluster.late) && !happen(soon ? cluster.late : cluster.soon)) break;
     }
   }
   if (!state().error.empty()) return;
@@ -158,7 +159,8 @@ void shared_read(void* to, uint32_t address, int bytes, const char* what) {
   if (const char* reason = at.block->shadow.reading(words(at, bytes), known(), false))
     complain(std::string(what) + " " + reason + ": " + offset_text(at.offset));
   // Of another block's reads there is no record: nothing is written there again before all of the cluster meet.
-  if (at.block == &here()) at.block->shadow.was_read(this_warp(), words(at, bytes), known().of[here().agent(this_warp())]);
+  const int agent = here().agent(this_warp());
+  if (at.block == &here()) at.block->shadow.was_read(this_warp(), words(at, bytes), known().of[agent]);
   std::memcpy(to, at.data(), bytes);
 }
 

@@ -33,7 +33,9 @@ struct Descriptor {
   uint32_t start, stride, row_bytes;
 
   explicit Descriptor(uint64_t bits)
-      : start(uint32_t(bits & 0x3FFF) << 4), stride(uint32_t(bits >> 32 & 0x3FFF) << 4), row_bytes(256u >> (bits >> 62)) {
+      : start(uint32_t(bits & 0x3FFF) << 4),
+        stride(uint32_t(bits >> 32 & 0x3FFF) << 4),
+        row_bytes(256u >> (bits >> 62)) {
     if (bits >> 62 == 0) complain("a descriptor without swizzle");
     if (bits >> 49 & 7 || begin() % (8 * row_bytes)) complain("a descriptor whose rows are not aligned to its swizzle");
     if (stride % (8 * row_bytes)) complain("a descriptor whose groups of 8 rows are not aligned to its swizzle");
