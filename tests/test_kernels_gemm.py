@@ -91,8 +91,8 @@ def test_a_dense_weight_is_refused_by_the_sparse_backend() -> None:
         backend("cpu_sparse").pack(torch.ones(2, 32, dtype=torch.int8), DType.INT8, "q_proj")
 
 
-@pytest.mark.parametrize("name", ["vllm", "fused"])
-def test_backends_to_come_say_so(name: str) -> None:
+@pytest.mark.parametrize("name", ["vllm", "marlin"])
+def test_a_backend_that_is_none_says_which_there_are(name: str) -> None:
     with pytest.raises(UnsupportedHere, match=f"{name} is not in this version"):
         backend(name)
 
