@@ -8,7 +8,7 @@ import torch
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import CheckpointError, UnsupportedHere
-from slidesparse.kernels import gemm_library
+from slidesparse.kernels import gemm_library, two_of_four
 from slidesparse.kernels.backend import Algorithm, Weight
 from slidesparse.kernels.gemm_library import PLAIN, GemmAlgorithm, Problem
 from slidesparse.kernels.gpu import LibraryBackend
@@ -79,11 +79,4 @@ def _described(found: GemmAlgorithm) -> Algorithm:
 def _require_two_of_four(codes: torch.Tensor, layer: str) -> None:
     """The library would drop what is too much without a word. -0 of a float type is a zero."""
     nonzero = codes.float() != 0 if codes.dtype.is_floating_point else codes != 0
-    bad = nonzero.unflatten(1, (-1, WINDOW)).sum(dim=2) > KEPT
-    if bool(bad.any()):
-        row, window = (int(i) for i in bad.nonzero()[0])
-        first = window * WINDOW
-        raise CheckpointError(
-            f"{layer}: row {row}, columns {first} to {first + WINDOW - 1} of the lifted weight: more than {KEPT} "
-            f"non-zeros, so it is not 2:4; lift the weight again"
-        )
+    two_of_four.refuse(nonzero.unflatten(1, (-1, WINDOW)).sum(dim=2) > KEPT, layer)

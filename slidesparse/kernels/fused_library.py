@@ -18,6 +18,7 @@ import torch
 
 from slidesparse.errors import SlideSparseError, UnsupportedHere
 from slidesparse.kernels.gemm_library import TYPES, UNSUPPORTED
+from slidesparse.kernels.native import open_library
 
 ABI_VERSION = 1
 LIBRARY = "libslidesparse_fused.so"
@@ -73,18 +74,7 @@ class FusedLibrary:
     """The loaded library. Use `load()`. Methods raise SlideSparseError, UnsupportedHere where that is the reason."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._c = ctypes.CDLL(str(path))
-            self._c.ss_fused_error.restype = ctypes.c_char_p
-            found = self._c.ss_fused_abi_version()
-        except (OSError, AttributeError) as error:
-            raise SlideSparseError(
-                f"{path}: not the library of csrc/fused ({error}); run `python -m slidesparse.kernels.build`"
-            ) from None
-        if found != ABI_VERSION:
-            raise SlideSparseError(
-                f"{path}: interface version {found}, expected {ABI_VERSION}; run `python -m slidesparse.kernels.build`"
-            )
+        self._c = open_library(path, "ss_fused", "csrc/fused", ABI_VERSION)
 
     def configs(
         self, capability: tuple[int, int], m: int, n: int, k: int, dtype: torch.dtype, family: Family

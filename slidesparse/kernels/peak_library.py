@@ -16,6 +16,7 @@ import torch
 
 from slidesparse.errors import SlideSparseError, UnsupportedHere
 from slidesparse.kernels.gemm_library import TYPES
+from slidesparse.kernels.native import open_library
 
 ABI_VERSION = 1
 LIBRARY = "libslidesparse_peak.so"
@@ -93,18 +94,7 @@ class PeakLibrary:
     """The loaded library. Use `load()`."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._c = ctypes.CDLL(str(path))
-            self._c.ss_peak_error.restype = ctypes.c_char_p
-            found = self._c.ss_peak_abi_version()
-        except (OSError, AttributeError) as error:
-            raise SlideSparseError(
-                f"{path}: not the library of csrc/device ({error}); run `python -m slidesparse.kernels.build`"
-            ) from None
-        if found != ABI_VERSION:
-            raise SlideSparseError(
-                f"{path}: interface version {found}, expected {ABI_VERSION}; run `python -m slidesparse.kernels.build`"
-            )
+        self._c = open_library(path, "ss_peak", "csrc/device", ABI_VERSION)
 
     def forms(self, capability: tuple[int, int], dtype: torch.dtype, sparse: bool) -> list[Form]:
         """What is worth trying on a GPU of this compute capability. Needs no GPU.

@@ -31,7 +31,7 @@ def keep_two(codes: torch.Tensor, layer: str = "weight") -> tuple[torch.Tensor, 
     full = (lanes != 0).view(torch.uint8)
     which = full[..., 0] | full[..., 1] << 1 | full[..., 2] << 2 | full[..., 3] << 3
     places = _table(codes.device).index_select(0, which.flatten().int()).view(which.shape)
-    _require_places(places, layer)
+    refuse(places == OVERFULL, layer)
     first, second = places & 3, places >> 2
     one, two, three, four = lanes.unbind(2)
     values = torch.stack(
@@ -44,10 +44,10 @@ def keep_two(codes: torch.Tensor, layer: str = "weight") -> tuple[torch.Tensor, 
     return values.flatten(1), places
 
 
-def _require_places(places: torch.Tensor, layer: str) -> None:
-    bad = places == OVERFULL
-    if bool(bad.any()):
-        row, window = (int(i) for i in bad.nonzero()[0])
+def refuse(overfull: torch.Tensor, layer: str) -> None:
+    """overfull: bool [N, K'/4], windows with more than 2 non-zeros. Raises CheckpointError naming the first, if any."""
+    if bool(overfull.any()):
+        row, window = (int(i) for i in overfull.nonzero()[0])
         first = window * WINDOW
         raise CheckpointError(
             f"{layer}: row {row}, columns {first} to {first + WINDOW - 1} of the lifted weight: more than {KEPT} "
