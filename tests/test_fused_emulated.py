@@ -18,7 +18,7 @@ from slidesparse.errors import SlideSparseError, UnsupportedHere
 from slidesparse.kernels import fused_pack_mma, reference
 from slidesparse.kernels.fused_library import Config, Family
 
-GUARD = 256
+GUARD = 1 << 18
 """Elements before and after out."""
 
 

@@ -94,14 +94,15 @@ def test_every_head_start_at_the_edges(library: EmulatedLibrary, shape: tuple[in
 
 @pytest.mark.parametrize("split", [2, 4, 8])
 def test_every_split(library: EmulatedLibrary, split: int) -> None:
-    """Shares of K that are as equal as they get, one stage among them; the GPU is smaller than the launch."""
+    """Shares of K that are as equal as they get, the shortest among them; the GPU is smaller than the launch."""
     library.gpu(8)
     tried = set()
-    for m, n, k in ((37, 264, 128 * split), (130, 72, 128 * split + 416)):
+    for m, n, k in ((37, 264, 128 * split), (130, 72, 256 * split + 416)):
         for seed, dtype in enumerate(EIGHT_BIT):
             problem = made(m, n, k, dtype, m == 37, m + split)
             for tile in library.all_tiles(n, k, dtype.torch):
-                if tile.tokens <= 128 and tile.tokens // 8 % split == 0:
+                long_enough = k // 128 // split >= (2 if tile.channels == 256 else 1)
+                if tile.tokens <= 128 and tile.tokens // 8 % split == 0 and long_enough:
                     right(library, problem, replace(tile, split_k=split, head_start=0 if m == 37 else 2), seed)
                     tried.add((tile.channels, tile.tokens))
     assert len(tried) == (4 if split == 8 else 5)
@@ -151,13 +152,13 @@ def test_int8_sums_at_the_ends_of_their_range(library: EmulatedLibrary) -> None:
 
 def test_the_sign_of_zero_and_nan_scales(library: EmulatedLibrary) -> None:
     """No bias leaves -0 as it is; a token whose scale is NaN is NaN as a whole, and no other."""
-    problem = made(24, 32, 256, DType.INT8, False, 5)
+    problem = made(24, 32, 512, DType.INT8, False, 5)
     problem.token_scale[3] = float("nan")
     problem.token_scale[4] = -0.0
     sums = reference.gemm(problem.x, problem.weight)
     expected = reference.dequantise_bias(sums, problem.token_scale, problem.channel_scale, None)
     others = torch.arange(24) != 3
-    for tile in library.all_tiles(32, 256, torch.int8):
+    for tile in library.all_tiles(32, 512, torch.int8):
         for split in (1, 2) if tile.tokens <= 128 else (1,):
             out = problem.run(library, replace(tile, split_k=split))
             assert out[3].isnan().all()
@@ -167,27 +168,31 @@ def test_the_sign_of_zero_and_nan_scales(library: EmulatedLibrary) -> None:
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
-RELEASE = "  if (before >= 0) w.release(before);\n  before = w.slot.index;"
-LAST_RELEASE = (
-    "  if (before >= 0) w.release(before);\n"
-    "  if (w.until_under_way && w.thread == 0) barrier_arrive(w.shared.under_way());"
-)
-UNDER_WAY = "if (w.until_under_way && w.thread == 0) barrier_arrive(w.shared.under_way());"
+EACH = "  for (int i = 0; i < T::Blocks; ++i)"
+RELEASE = "  if (k > 0) w.release();"
+TAIL_RELEASE = "    if (k == 0 && !alone) w.release();"
+UNDER_WAY = "w.under_way(w.until_under_way);"
+MEET = "  warpgroup_sync(1 + w.warpgroup);"
 WAIT_FREE = "barrier_wait(shared.empty(slot.index), slot.parity);"
-MEET = "  publish();\n  warpgroup_sync(1 + w.warpgroup);"
+FENCED = "  fence();\n#pragma unroll\n" + EACH + " issue(w, w.slot.index, i, d[i], metadata[i], k > 0);"
+WAITED = "  commit();\n  wait<1>();\n#pragma unroll\n" + EACH + " pin_all<T>(d[i]);"
+TAIL_ISSUE = "issue(w, slots[k], 1, d[1], metadata[k][1], k > 0 || !alone);"
+LAST_STAGES = "(T::kTail > 0 ? T::kTail : 1)"
 FAULTS: dict[str, emulated_wgmma.Fault] = {
     # stages
-    "stages are not released": [(RELEASE, "before = w.slot.index;")],
-    "the last stage of a tile is not released": [(LAST_RELEASE, UNDER_WAY)],
-    "a stage is released while it is read": [(RELEASE, "w.release(w.slot.index);"), (LAST_RELEASE, UNDER_WAY)],
-    "a stage is released before the wait": [("wait<1>();", "wait<2>();")],
+    "stages are not released": [(RELEASE, "")],
+    "the last stages of a tile are not released": [(LAST_STAGES, LAST_STAGES + " - 1")],
+    "the stage before the last ones is not released": [(TAIL_RELEASE, "")],
+    "a stage is released while it is read": [(RELEASE, "w.release();"), (TAIL_RELEASE, "")],
+    "the last stages are released after the first block": [(TAIL_RELEASE, "if (k > 0 || !alone) w.release();")],
+    "a stage is released before the wait": [(WAITED, WAITED.replace("wait<1>", "wait<2>"))],
     "copies do not wait for a free stage": [(WAIT_FREE, "")],
     "copies wait for the other phase": [(WAIT_FREE, "barrier_wait(shared.empty(slot.index), slot.parity ^ 1);")],
     "the parity stays": [("parity ^= 1;", "")],
     "fewer bytes are announced than come": [
         ("barrier_expect(full, T::kStage);", "barrier_expect(full, T::kStage - 16);")
     ],
-    "a short tile does not end the head start": [(LAST_RELEASE, "if (before >= 0) w.release(before);")],
+    "a short tile does not end the head start": [(UNDER_WAY, "")],
     # clusters
     "a free stage is asked of itself alone": [("p.split > 1 ? rank.all : lane + rank.token * p.cx", "rank.all")],
     "a free stage has too few arrivals": [("kMultiplying * 4 * (p.cx + p.ct - 1)", "kMultiplying * 4")],
@@ -205,17 +210,21 @@ FAULTS: dict[str, emulated_wgmma.Fault] = {
     ],
     # wgmma
     "stages share their metadata registers": [
-        ("multiply_stage(w, d, odd, add, before);", "multiply_stage(w, d, even, add, before);")
+        ("multiply_stage(w, d, odd, k + 1);", "multiply_stage(w, d, even, k + 1);")
     ],
-    "registers are not fenced": [("  fence();", "")],
+    "registers are not fenced": [(FENCED, FENCED.replace("  fence();", ""))],
     "sums are read before they are made": [("  wait<0>();", "wait<1>();")],
+    "sums of the first block are read before they are made": [
+        ("  commit();\n  wait<1>();\n  pin_all<T>(d[0]);", "commit();")
+    ],
     "sums of the tile before stay": [("k ? 1 : add", "1")],
     "the second step has the tokens of the first": [("of_tokens + 4 * k", "of_tokens")],
+    "the last stages of the second block are all one": [(TAIL_ISSUE, TAIL_ISSUE.replace("slots[k]", "slots[0]"))],
     # epilogue
-    "stores are not published": [(MEET, "warpgroup_sync(1 + w.warpgroup);")],
-    "a chunk is sent before it is whole": [(MEET, "publish();")],
-    "a ring of two": [("w.chunk = w.chunk + 1 == kRing ? 0 : w.chunk + 1;", "w.chunk ^= 1;")],
-    "a chunk may wait longer": [("stores_read<1>();", "stores_read<2>();")],
+    "stores are not published": [("  publish();", "")],
+    "a chunk is sent before it is whole": [(MEET, "")],
+    "a ring of one": [("w.chunk = w.chunk + 1 == kRing ? 0 : w.chunk + 1;", "w.chunk = 0;")],
+    "a chunk may wait longer": [("stores_read<kRing - 2>();", "stores_read<kRing - 1>();")],
     "the block ends before its stores": [("if (w.thread == 0) stores_done();", "")],
     "chunks are not swizzled": [("piece ^ (token & 7)", "piece")],
     "scales are not waited for": [("copies_done();", "")],
@@ -238,13 +247,17 @@ def faulty(gpu: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Emulate
 @pytest.fixture(scope="module")
 def attempts(faulty: EmulatedLibrary) -> list[tuple[Problem, Config, int]]:
     """Few ways to run it, which go wrong with any of the faults. And the sizes of the GPU."""
-    large, short = made(200, 328, 1120, DType.INT8, True, 1), made(130, 136, 32, DType.FP8, False, 2)
+    large = made(200, 328, 1120, DType.INT8, True, 1)
+    short, shortest = made(130, 136, 160, DType.FP8, False, 2), made(40, 136, 32, DType.FP8, False, 2)
+    many = made(1000, 72, 480, DType.INT8, False, 3)
     two, one = faulty.all_tiles(328, 1120, torch.int8)
     ways = [(1, 1), (2, 1), (2, 2)]
     return [
         *((large, shared(two, *cluster, head_start=2), 4) for cluster in ways),
         (large, replace(one, split_k=2, head_start=0), 8),
-        *((short, shared(tile, 2, 1, head_start=3), 2) for tile in (one, two)),
+        (shortest, shared(one, 2, 1, head_start=3), 2),
+        (short, shared(two, 2, 1, head_start=3), 2),
+        (many, shared(two, 1, 1, head_start=0), 1),
     ]
 
 

@@ -21,7 +21,7 @@ using Kernel = void (*)(CUtensorMap, CUtensorMap, Params);
 
 // A tile for both types. Kernels are told apart by their place in the table.
 struct Entry {
-  int channels, tokens, stages, shared_bytes;
+  int channels, tokens, chunk, stages, tail, shared_bytes;
   bool splits;
   Kernel int8, fp8;
 
@@ -31,7 +31,7 @@ struct Entry {
 template <int Blocks, int Tokens>
 Entry entry() {
   using T = Tile<SS_INT8, Blocks, Tokens>;
-  return {T::kChannels, T::Tokens, T::kStages, T::kShared, T::kSplits, sparse_gemm<T>,
+  return {T::kChannels, T::Tokens, T::kChunkTokens, T::kStages, T::kTail, T::kShared, T::kSplits, sparse_gemm<T>,
           sparse_gemm<Tile<SS_FP8_E4M3, Blocks, Tokens>>};
 }
 
@@ -87,6 +87,7 @@ std::string obstacle(const ss_fused_problem& p, const ss_fused_config& c) {
   if (shared * c.split_k > 8) return "clusters have at most 8 blocks";
   if (c.split_k > 1 && (shared > 1 || !entry.splits || entry.tokens / 8 % c.split_k || c.split_k > k_steps(p)))
     return "this tile cannot be split so";
+  if (k_steps(p) / c.split_k < entry.tail) return "K is too short for this tile";
   if (blocks % c.cluster_tokens || entry.tokens % (8 * c.cluster_channels)) return "parts of a tile are not whole";
   // Waiting for the first warpgroup must not need a stage that only the second would free.
   if (c.head_start < 0 || c.head_start >= entry.stages) return "the head start is longer than the stages";
@@ -175,7 +176,7 @@ int clusters_at_once(Kernel kernel, const Entry& entry, int cluster_blocks) {
 
 std::vector<ss_fused_config> wgmma_configs(int capability, const ss_fused_problem& p) {
   if (capability / 10 != 9) throw Unsupported("wgmma needs compute capability 9.0 (Hopper)");
-  static const Cluster together[] = {{2, 1, 1}, {1, 1, 1}, {1, 2, 1}, {2, 2, 1}, {4, 1, 1}};
+  static const Cluster together[] = {{2, 1, 1}, {1, 2, 1}, {1, 1, 1}};
   static const Cluster split[] = {{1, 1, 1}, {1, 1, 2}, {1, 1, 4}, {1, 1, 8}};
   std::vector<ss_fused_config> found;
   const auto offer = [&](const ss_fused_config& config) {
@@ -188,7 +189,8 @@ std::vector<ss_fused_config> wgmma_configs(int capability, const ss_fused_proble
       for (const Cluster& cluster : split) offer(config_of(index, cluster, 8, cluster.split == 1 ? 2 : 0));
     if (p.m > 128 && entry.tokens >= 128)
       for (const Cluster& cluster : together)
-        if (cluster.tokens * entry.tokens < 2 * p.m) offer(config_of(index, cluster, 8, 2));
+        for (int group : {16, 8})
+          if (cluster.tokens * entry.tokens < 2 * p.m) offer(config_of(index, cluster, group, 2));
   }
   std::stable_sort(found.begin(), found.end(), [&](const ss_fused_config& a, const ss_fused_config& b) {
     return guess(p, a) < guess(p, b);
@@ -207,7 +209,7 @@ void wgmma_gemm(const ss_fused_problem& p, const ss_fused_config& c, const ss_fu
   const int token_tiles = tiles(p.m, entry.tokens * c.cluster_tokens);
   const CUtensorMap x = map_of(o.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.m, p.k, entry.tokens / c.cluster_channels);
   const CUtensorMap out =
-      map_of(o.out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.m, p.n, c.split_k > 1 ? 8 : kChunkTokens);
+      map_of(o.out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.m, p.n, c.split_k > 1 ? 8 : entry.chunk);
   const Params params{static_cast<const uint8_t*>(o.packed),
                       o.token_scale,
                       o.channel_scale,

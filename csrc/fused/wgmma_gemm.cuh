@@ -8,8 +8,12 @@
 //
 // A block has three warpgroups and walks over tiles until none is left. One thread of the last warpgroup orders the
 // copies into the stages, as far ahead as there is room. The first two multiply: each has its own channels of the tile,
-// both the same tokens. They need not keep step: the first has a head start, so that while one of them writes its part
-// of out (and leaves the tensor cores alone) the other multiplies.
+// both the same tokens.
+//
+// wgmma works beside the warps that asked for it, so the tensor cores need not stop while sums are written: where a
+// warpgroup has two blocks of 64 channels, it multiplies the last stages of a tile for the first block, then for the
+// second, and writes the first one's sums meanwhile. The two warpgroups need not keep step either: the first may have a
+// head start of some stages.
 //
 // Blocks of a cluster share what they load. Of cx blocks with the same tokens each loads a part of them and sends it to
 // all; of ct blocks with the same channels likewise with the weights. Or (split) they share one tile along K, for few
@@ -32,8 +36,7 @@ constexpr int kBlockBytes = kValueBytes + kBlockRows * kStageK / 8;  // and 2 bi
 constexpr int kWarpgroup = 128;
 constexpr int kMultiplying = 2;  // warpgroups
 constexpr int kThreads = (kMultiplying + 1) * kWarpgroup;
-constexpr int kChunkTokens = 32;  // of out that go to memory at a time, 64 channels each
-constexpr int kRing = 3;          // chunks of a warpgroup on their way: the fewest that need one meeting a chunk
+constexpr int kRing = 2;          // chunks of out that a warpgroup has on their way to memory
 constexpr int kPackedRows = 256;  // packed weights are padded to a multiple: every tile lies inside
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kMaxStages = 8;
@@ -46,21 +49,26 @@ struct Tile {
   static constexpr int kBlocks = kMultiplying * Blocks, kChannels = kBlocks * kBlockRows;
   static constexpr int kTokenBytes = Tokens * kStageK, kWeightBytes = kBlocks * kBlockBytes;
   static constexpr int kStage = kTokenBytes + kWeightBytes;
+  // Tokens of out that go to memory at a time, 64 channels each: as many as there is room for, since the warps meet and
+  // wait for their stores each time.
+  static constexpr int kChunkTokens = Tokens == 160 ? 80 : Tokens < 64 ? Tokens : 64;
   static constexpr int kChunk = kChunkTokens * kBlockRows * 2;
   // Of a warpgroup and tile: scales of tokens, scales and biases of channels.
   static constexpr int kOwnChannels = Blocks * kBlockRows;
   static constexpr int kScales = Tokens * 4 + kOwnChannels * 6;
-  static constexpr int kFixed = kMultiplying * (kRing * kChunk + 2 * kScales) + (2 * kMaxStages + 1) * 8;
+  static constexpr int kFixed = kMultiplying * (kRing * kChunk + kScales) + (2 * kMaxStages + 1) * 8;
   static constexpr int kFitting = (kSharedBytes - kFixed) / kStage;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
+  // Stages at the end of a tile that two blocks take one after the other. They are all in shared memory until then.
+  static constexpr int kTail = Blocks == 1 ? 0 : 2;
   static constexpr int kRingAt = kStages * kStage, kScalesAt = kRingAt + kMultiplying * kRing * kChunk;
-  static constexpr int kBarriersAt = kScalesAt + kMultiplying * 2 * kScales;
+  static constexpr int kBarriersAt = kScalesAt + kMultiplying * kScales;
   static constexpr int kShared = kBarriersAt + (2 * kStages + 1) * 8;
   // With few sums to hold there are registers to spare for the warpgroup that orders copies.
   static constexpr int kMany = Blocks * Tokens > 320 ? 240 : 232, kFew = Blocks * Tokens > 320 ? 24 : 40;
   // Sums of the whole tile fit where the stages were.
   static constexpr bool kSplits = Tokens <= 128 && kChannels * Tokens * 4 <= kRingAt;
-  static_assert(kStage % 1024 == 0 && kTokenBytes % 1024 == 0 && kRingAt % 1024 == 0, "swizzles count from these");
+  static_assert(kStage % 1024 == 0 && kTokenBytes % 1024 == 0 && kChunk % 1024 == 0 && Tokens % kChunkTokens == 0, "swizzles count from these");
   static_assert(kStages >= 3 && kShared <= kSharedBytes && kScales % 16 == 0);
 };
 
@@ -124,9 +132,7 @@ struct Shared {
   __device__ uint32_t stage(int slot) const { return base + slot * T::kStage; }
   __device__ uint32_t weights(int slot) const { return stage(slot) + T::kTokenBytes; }
   __device__ uint32_t ring(int warpgroup) const { return base + T::kRingAt + warpgroup * kRing * T::kChunk; }
-  __device__ uint32_t scales(int warpgroup, int parity) const {
-    return base + T::kScalesAt + (warpgroup * 2 + parity) * T::kScales;
-  }
+  __device__ uint32_t scales(int warpgroup) const { return base + T::kScalesAt + warpgroup * T::kScales; }
   __device__ uint32_t full(int slot) const { return base + T::kBarriersAt + slot * 8; }
   __device__ uint32_t empty(int slot) const { return base + T::kBarriersAt + (T::kStages + slot) * 8; }
   __device__ uint32_t under_way() const { return base + T::kBarriersAt + 2 * T::kStages * 8; }
@@ -184,8 +190,8 @@ struct Worker {
   const Shared<T>& shared;
   int warpgroup, thread;
   uint32_t release_at;  // where this lane says that a stage was read: the first `empty` of one block; 0: nowhere
-  Slot<T> slot{0, 0};
-  int chunk = 0, scales = 0, until_under_way;
+  Slot<T> slot{0, 0}, read{0, 0};  // the stage that comes next, and the first that is not released
+  int chunk = 0, until_under_way;
 
   // A stage is free for those who write to it once every warp of all blocks that they write to has read it.
   __device__ Worker(const Params& p, const Shared<T>& shared, const Rank& rank, int warpgroup)
@@ -198,16 +204,24 @@ struct Worker {
     until_under_way = warpgroup == 0 ? p.head_start : 0;
   }
 
-  __device__ void release(int stage) const {
-    if (release_at) barrier_arrive(release_at + stage * 8);
+  __device__ void release() {
+    if (release_at) barrier_arrive(release_at + read.index * 8);
+    read.advance();
+  }
+  // The head start is over after so many stages, or with the tile.
+  __device__ void under_way(int stages) {
+    if (until_under_way == 0) return;
+    until_under_way -= min(stages, until_under_way);
+    if (until_under_way == 0 && thread == 0) barrier_arrive(shared.under_way());
   }
 };
 
-// Scales and biases of a tile come to shared memory while it is multiplied.
+// Scales and biases of a tile come to shared memory while it is multiplied. Those of the tile before are not read any
+// more: the warps have met since.
 template <class T>
 __device__ void fetch_scales(const Worker<T>& w, int channel, int token) {
   const Params& p = w.p;
-  const uint32_t tokens = w.shared.scales(w.warpgroup, w.scales);
+  const uint32_t tokens = w.shared.scales(w.warpgroup);
   const uint32_t channels = tokens + T::Tokens * 4, biases = channels + T::kOwnChannels * 4;
   for (int i = w.thread; i < T::Tokens; i += kWarpgroup) {
     const bool there = token + i < p.m;
@@ -223,60 +237,104 @@ __device__ void fetch_scales(const Worker<T>& w, int channel, int token) {
   }
 }
 
-// One stage: 2 steps of 64 along K for each channel block. The group before is waited for, this one stays under way.
 template <class T>
-__device__ void multiply_stage(Worker<T>& w, typename T::Sum (&d)[T::Blocks][T::Tokens / 2], uint2 (&metadata)[T::Blocks],
-                               int& add, int& before) {
-  barrier_wait(w.shared.full(w.slot.index), w.slot.parity);
-  const uint32_t tokens = w.shared.stage(w.slot.index);
-  const uint32_t weights = w.shared.weights(w.slot.index) + w.warpgroup * T::Blocks * kBlockBytes;
+using Sums = typename T::Sum[T::Tokens / 2];  // of one block of channels
+
+template <class T>
+__device__ void pin_all(Sums<T>& d) {
 #pragma unroll
-  for (int i = 0; i < T::Blocks; ++i)
-    shared_load(metadata[i], weights + i * kBlockBytes + kValueBytes + w.thread * 8);
-#pragma unroll
-  for (int i = 0; i < T::Blocks; ++i)
-#pragma unroll
-    for (int j = 0; j < T::Tokens / 2; ++j) pin(d[i][j]);
-  const uint64_t of_tokens = descriptor(tokens, kRows128);
-  fence();
+  for (int j = 0; j < T::Tokens / 2; ++j) pin(d[j]);
+}
+
+// Metadata of block `i` in a stage: a register for each step of 64 along K. wgmma reads it while it works.
+template <class T>
+__device__ void load_metadata(const Worker<T>& w, int slot, int i, uint2& metadata) {
+  const uint32_t weights = w.shared.weights(slot) + (w.warpgroup * T::Blocks + i) * kBlockBytes;
+  shared_load(metadata, weights + kValueBytes + w.thread * 8);
+}
+
+// One stage for block `i`: 2 steps of 64 along K. Without `add` the sums begin anew.
+template <class T>
+__device__ void issue(const Worker<T>& w, int slot, int i, Sums<T>& d, const uint2& metadata, int add) {
+  const uint32_t weights = w.shared.weights(slot) + (w.warpgroup * T::Blocks + i) * kBlockBytes;
+  const uint64_t of_weights = descriptor(weights, kRows64), of_tokens = descriptor(w.shared.stage(slot), kRows128);
 #pragma unroll
   for (int k = 0; k < 2; ++k)  // descriptors count in 16 bytes: 64 of the tokens, 32 of the kept values
+    SparseProduct<T::Type, T::Tokens>::issue(d, of_weights + 2 * k, of_tokens + 4 * k, k ? metadata.y : metadata.x,
+                                             k ? 1 : add);
+}
+
+// Stage k, for all blocks. The group before is waited for, this one stays under way.
+template <class T>
+__device__ void multiply_stage(Worker<T>& w, Sums<T> (&d)[T::Blocks], uint2 (&metadata)[T::Blocks], int k) {
+  barrier_wait(w.shared.full(w.slot.index), w.slot.parity);
 #pragma unroll
-    for (int i = 0; i < T::Blocks; ++i)
-      SparseProduct<T::Type, T::Tokens>::issue(d[i], descriptor(weights + i * kBlockBytes, kRows64) + 2 * k,
-                                               of_tokens + 4 * k, k ? metadata[i].y : metadata[i].x, k ? 1 : add);
+  for (int i = 0; i < T::Blocks; ++i) load_metadata(w, w.slot.index, i, metadata[i]);
+#pragma unroll
+  for (int i = 0; i < T::Blocks; ++i) pin_all<T>(d[i]);
+  fence();
+#pragma unroll
+  for (int i = 0; i < T::Blocks; ++i) issue(w, w.slot.index, i, d[i], metadata[i], k > 0);
   commit();
   wait<1>();
 #pragma unroll
-  for (int i = 0; i < T::Blocks; ++i)
-#pragma unroll
-    for (int j = 0; j < T::Tokens / 2; ++j) pin(d[i][j]);
-  add = 1;
-  if (before >= 0) w.release(before);
-  before = w.slot.index;
+  for (int i = 0; i < T::Blocks; ++i) pin_all<T>(d[i]);
+  if (k > 0) w.release();
   w.slot.advance();
-  if (w.until_under_way && --w.until_under_way == 0 && w.thread == 0) barrier_arrive(w.shared.under_way());
+  w.under_way(1);
 }
 
+// All stages but the tail. The last group stays under way.
 template <class T>
-__device__ void multiply_tile(Worker<T>& w, typename T::Sum (&d)[T::Blocks][T::Tokens / 2], int steps) {
-  // wgmma reads its metadata registers while the next stage's are loaded: they take turns.
-  uint2 even[T::Blocks], odd[T::Blocks];
-  int add = 0, before = -1;
+__device__ void multiply_tile(Worker<T>& w, Sums<T> (&d)[T::Blocks], uint2 (&even)[T::Blocks], uint2 (&odd)[T::Blocks],
+                              int steps) {
+  int k = 0;
 #pragma unroll 1
-  for (int k = 0; k + 1 < steps; k += 2) {
-    multiply_stage(w, d, even, add, before);
-    multiply_stage(w, d, odd, add, before);
+  for (; k + 1 < steps - T::kTail; k += 2) {  // wgmma reads its metadata registers while the next stage's are loaded
+    multiply_stage(w, d, even, k);
+    multiply_stage(w, d, odd, k + 1);
   }
-  if (steps & 1) multiply_stage(w, d, even, add, before);
+  if (k < steps - T::kTail) multiply_stage(w, d, even, k);
+}
+
+// The last stages of a tile for its first block, whose sums are then there, and one group with all of them for the
+// second, which stays under way.
+template <class T>
+__device__ void multiply_tail(Worker<T>& w, Sums<T> (&d)[T::Blocks], uint2 (&metadata)[T::kTail + 1][2], int steps) {
+  const bool alone = steps == T::kTail;
+  int slots[T::kTail + 1];
+#pragma unroll
+  for (int k = 0; k < T::kTail; ++k) {
+    slots[k] = w.slot.index;
+    barrier_wait(w.shared.full(w.slot.index), w.slot.parity);
+    load_metadata(w, w.slot.index, 0, metadata[k][0]);
+    load_metadata(w, w.slot.index, 1, metadata[k][1]);
+    pin_all<T>(d[0]);
+    fence();
+    issue(w, w.slot.index, 0, d[0], metadata[k][0], k > 0 || !alone);
+    commit();
+    wait<1>();
+    pin_all<T>(d[0]);
+    if (k == 0 && !alone) w.release();
+    w.slot.advance();
+    w.under_way(1);
+  }
+  pin_all<T>(d[1]);
+#pragma unroll
+  for (int k = 0; k < T::kTail; ++k) issue(w, slots[k], 1, d[1], metadata[k][1], k > 0 || !alone);
+  commit();
+  wait<1>();
+  pin_all<T>(d[0]);
+}
+
+// All sums are there, all stages read.
+template <class T>
+__device__ void finish(Worker<T>& w, Sums<T> (&d)[T::Blocks]) {
   wait<0>();
 #pragma unroll
-  for (int i = 0; i < T::Blocks; ++i)
+  for (int i = T::kTail > 0; i < T::Blocks; ++i) pin_all<T>(d[i]);
 #pragma unroll
-    for (int j = 0; j < T::Tokens / 2; ++j) pin(d[i][j]);
-  if (before >= 0) w.release(before);
-  if (w.until_under_way && w.thread == 0) barrier_arrive(w.shared.under_way());  // a tile shorter than the head start
-  w.until_under_way = 0;
+  for (int k = 0; k < (T::kTail > 0 ? T::kTail : 1); ++k) w.release();
 }
 
 // Scale and bias of one channel. Without a bias -0 is added, which changes no number, -0 and 0 among them.
@@ -285,7 +343,7 @@ struct Channel {
 };
 template <class T>
 __device__ Channel channel_of(const Worker<T>& w, int own_channel) {
-  const uint32_t scales = w.shared.scales(w.warpgroup, w.scales) + T::Tokens * 4;
+  const uint32_t scales = w.shared.scales(w.warpgroup) + T::Tokens * 4;
   Channel found{0.f, -0.f};
   shared_load(found.scale, scales + own_channel * 4);
   if (w.p.bias) {
@@ -306,63 +364,72 @@ __device__ inline uint32_t two_bf16(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&two);
 }
 
-// 8 tokens from `token` of the tile, 16 channels a warp: the two matrices that stmatrix transposes. A lane holds sums of
-// channels lane / 4 and 8 more, of tokens 2 * (lane % 4) and one more (PTX ISA, wgmma's accumulator layout).
-template <class T>
-__device__ void finish_group(const Worker<T>& w, const typename T::Sum* sums, int token, const Channel& low,
-                             const Channel& high, uint32_t& a, uint32_t& b) {
-  float2 scale;
-  shared_load(scale, w.shared.scales(w.warpgroup, w.scales) + (token + threadIdx.x % 4 * 2) * 4);
-  a = two_bf16(finished(sums[0], scale.x, low), finished(sums[1], scale.y, low));
-  b = two_bf16(finished(sums[2], scale.x, high), finished(sums[3], scale.y, high));
-}
-
 // Channels of this warp in a chunk of 64, 16 bytes each: where row `token` of the chunk has them (128-byte swizzle).
 __device__ inline uint32_t in_chunk(int token, int half) {
   const int piece = threadIdx.x % kWarpgroup / 32 * 2 + half;
   return token * 128 + ((piece ^ (token & 7)) << 4);
 }
 
-// The chunk in the ring is complete: send it. Thread 0 then knows that the chunk before the last has been read; the
-// others know at the next meeting, and write to that place only after it.
+// What a lane needs of a block of 64 channels. It holds sums of channels lane / 4 and 8 more of the 16 of its warp, of
+// two tokens of every 8 (PTX ISA, wgmma's accumulator layout).
+template <class T>
+struct Part {
+  Channel low, high;
+  uint32_t scales;  // of its first token
+
+  __device__ Part(const Worker<T>& w, int i) {
+    const int lane = threadIdx.x % 32, row = i * kBlockRows + w.thread / 32 * 16 + lane / 4;
+    low = channel_of(w, row);
+    high = channel_of(w, row + 8);
+    scales = w.shared.scales(w.warpgroup) + lane % 4 * 8;
+  }
+  __device__ float2 scales_of(int group) const {
+    float2 two;
+    shared_load(two, scales + group * 32);
+    return two;
+  }
+  // The two matrices that stmatrix transposes, [8 channels, 8 tokens].
+  __device__ void finish(const float2& scale, const typename T::Sum* sums, uint32_t& a, uint32_t& b) const {
+    a = two_bf16(finished(sums[0], scale.x, low), finished(sums[1], scale.y, low));
+    b = two_bf16(finished(sums[2], scale.x, high), finished(sums[3], scale.y, high));
+  }
+};
+
+// The chunk in the ring is complete: send it. Thread 0 knows by then that the chunk before has been read, and so do the
+// others after they have met: they write to its place next.
 template <class T>
 __device__ void send_chunk(Worker<T>& w, const CUtensorMap& out, int channel, int token) {
   publish();
+  if (w.thread == 0) stores_read<kRing - 2>();
   warpgroup_sync(1 + w.warpgroup);
-  if (w.thread == 0) {
-    box_store(&out, channel, token, w.shared.ring(w.warpgroup) + w.chunk * T::kChunk);
-    stores_read<1>();
-  }
+  if (w.thread == 0) box_store(&out, channel, token, w.shared.ring(w.warpgroup) + w.chunk * T::kChunk);
   w.chunk = w.chunk + 1 == kRing ? 0 : w.chunk + 1;
 }
 
 template <class T>
-__device__ void write_tile(Worker<T>& w, const CUtensorMap& out, typename T::Sum (&d)[T::Blocks][T::Tokens / 2],
-                           int channel, int token) {
-  const int lane = threadIdx.x % 32, row = w.thread / 32 * 16 + lane / 4;
+__device__ void write_block(Worker<T>& w, const CUtensorMap& out, int i, const Sums<T>& d, int channel, int token) {
+  constexpr int kGroups = T::kChunkTokens / 8;
+  const Part<T> part(w, i);
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < T::Blocks; ++i) {
-    const Channel low = channel_of(w, i * kBlockRows + row), high = channel_of(w, i * kBlockRows + row + 8);
+  for (int q = 0; q < T::Tokens / T::kChunkTokens; ++q) {
+    const uint32_t to = w.shared.ring(w.warpgroup) + w.chunk * T::kChunk;
 #pragma unroll
-    for (int q = 0; q < T::Tokens / kChunkTokens; ++q) {
-      const uint32_t to = w.shared.ring(w.warpgroup) + w.chunk * T::kChunk;
-#pragma unroll
-      for (int g = 0; g < kChunkTokens / 8; g += 2) {
-        const int group = q * (kChunkTokens / 8) + g;
-        uint32_t a0, b0, a1, b1;
-        finish_group(w, &d[i][group * 4], group * 8, low, high, a0, b0);
-        finish_group(w, &d[i][group * 4 + 4], group * 8 + 8, low, high, a1, b1);
-        store_transposed(to + in_chunk((g + lane / 16) * 8 + lane % 8, lane / 8 % 2), a0, b0, a1, b1);
-      }
-      send_chunk(w, out, channel + i * kBlockRows, token + q * kChunkTokens);
+    for (int g = 0; g < kGroups; g += 2) {
+      const int group = q * kGroups + g;
+      uint32_t a0, b0, a1, b1;
+      part.finish(part.scales_of(group), &d[group * 4], a0, b0);
+      part.finish(part.scales_of(group + 1), &d[group * 4 + 4], a1, b1);
+      store_transposed(to + in_chunk((g + lane / 16) * 8 + lane % 8, lane / 8 % 2), a0, b0, a1, b1);
     }
+    send_chunk(w, out, channel + i * kBlockRows, token + q * T::kChunkTokens);
   }
 }
 
 // Split along K: every block leaves its sums in shared memory (the stages are free by now), takes its share of the
 // tokens, 8 at a time, and adds up what all have for them, always in the same order.
 template <class T>
-__device__ void write_shared_tile(Worker<T>& w, const CUtensorMap& out, typename T::Sum (&d)[T::Blocks][T::Tokens / 2],
+__device__ void write_shared_tile(Worker<T>& w, const CUtensorMap& out, Sums<T> (&d)[T::Blocks],
                                   const Rank& rank, int channel, int token) {
   constexpr int kGroups = T::Tokens / 8;
   const auto place = [&](int i, int group) {
@@ -375,18 +442,18 @@ __device__ void write_shared_tile(Worker<T>& w, const CUtensorMap& out, typename
     for (int group = 0; group < kGroups; ++group)
       store4(place(i, group), &d[i][group * 4]);
   cluster_sync();
-  const int lane = threadIdx.x % 32, row = w.thread / 32 * 16 + lane / 4, share = kGroups / w.p.split;
+  const int lane = threadIdx.x % 32, share = kGroups / w.p.split;
   for (int i = 0; i < T::Blocks; ++i) {
-    const Channel low = channel_of(w, i * kBlockRows + row), high = channel_of(w, i * kBlockRows + row + 8);
+    const Part<T> part(w, i);
     for (int group = int(rank.all) * share; group < int(rank.all + 1) * share; ++group) {
       typename T::Sum sums[4] = {};
       for (int peer = 0; peer < w.p.split; ++peer) {
-        typename T::Sum part[4];
-        peer_load4(part, peer_address(place(i, group), peer));
-        for (int j = 0; j < 4; ++j) sums[j] += part[j];
+        typename T::Sum of_peer[4];
+        peer_load4(of_peer, peer_address(place(i, group), peer));
+        for (int j = 0; j < 4; ++j) sums[j] += of_peer[j];
       }
       uint32_t a, b;
-      finish_group(w, sums, group * 8, low, high, a, b);
+      part.finish(part.scales_of(group), sums, a, b);
       store_transposed(w.shared.ring(w.warpgroup) + w.chunk * T::kChunk + in_chunk(lane % 8, lane / 8 % 2), a, b);
       send_chunk(w, out, channel + i * kBlockRows, token + group * 8);
     }
@@ -398,23 +465,30 @@ __device__ void work(const Params& p, const CUtensorMap& out, const Shared<T>& s
                      int warpgroup) {
   Worker<T> w(p, shared, rank, warpgroup);
   if (warpgroup == 1 && p.head_start) barrier_wait(shared.under_way(), 0);
-  const int2 steps = steps_of(p, rank);
+  const int2 range = steps_of(p, rank);
+  const int steps = range.y - range.x;
+  Sums<T> d[T::Blocks];
+  uint2 even[T::Blocks], odd[T::Blocks], tail[T::kTail + 1][2];  // metadata: in use until wgmma is waited for
   for (int tile = rank.cluster; tile < p.channel_tiles * p.token_tiles; tile += rank.clusters) {
     const Place at = place_of<T>(p, rank, tile);
     const int channel = (at.block + warpgroup * T::Blocks) * kBlockRows;
     fetch_scales(w, channel, at.token);
-    typename T::Sum d[T::Blocks][T::Tokens / 2];
-    multiply_tile(w, d, steps.y - steps.x);
+    multiply_tile(w, d, even, odd, steps);
+    if constexpr (T::kTail > 0) multiply_tail(w, d, tail, steps);
+    else finish(w, d);
+    w.under_way(w.until_under_way);  // a tile shorter than the head start
     copies_done();
     warpgroup_sync(1 + warpgroup);
     if constexpr (T::kSplits) {
       if (p.split > 1) {
+        if constexpr (T::kTail > 0) finish(w, d);
         write_shared_tile(w, out, d, rank, channel, at.token);
-        continue;
+        break;  // the only one
       }
     }
-    write_tile(w, out, d, channel, at.token);
-    w.scales ^= 1;  // a warp may fetch the next tile's while another still reads these
+    write_block(w, out, 0, d[0], channel, at.token);
+    if constexpr (T::kTail > 0) finish(w, d);
+    if constexpr (T::Blocks == 2) write_block(w, out, 1, d[1], channel, at.token);
   }
   if (w.thread == 0) stores_done();
 }
