@@ -210,10 +210,22 @@ class Backends(_Section):
     """Dense variants that only tasks 4 and 5 have: `vllm` (the engine's own kernels, untouched), `auto` (the fastest at
     hand for each shape and M, behind our fused kernels), `cutlass` (the engine's own GEMM behind them)."""
 
+    sparse_end_to_end: tuple[Backend, ...] = ()
+    """Sparse side of tasks 4 and 5, where it is another than that of the kernel tasks."""
+
+    @property
+    def engine_sparse(self) -> tuple[Backend, ...]:
+        """Sparse side of tasks 4 and 5."""
+        return self.sparse_end_to_end or self.sparse
+
+    @property
+    def every_sparse(self) -> tuple[Backend, ...]:
+        return tuple(dict.fromkeys((*self.sparse, *self.engine_sparse)))
+
     @property
     def every(self) -> tuple[Backend, ...]:
         """All of them, each once."""
-        return tuple(dict.fromkeys((*self.dense, *self.sparse, *self.end_to_end)))
+        return tuple(dict.fromkeys((*self.dense, *self.every_sparse, *self.end_to_end)))
 
 
 class Vllm(_Section):

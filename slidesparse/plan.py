@@ -275,8 +275,8 @@ def _convert(p: Profile) -> Iterator[ConvertCell]:
         yield ConvertCell(model, dtype, sparsity)
 
 
-def _variants(p: Profile, patterns: tuple[Sparsity, ...]) -> list[Variant]:
-    return [Variant(backend, sparsity) for backend, sparsity in product(p.backends.sparse, patterns)]
+def _variants(backends: tuple[str, ...], patterns: tuple[Sparsity, ...]) -> list[Variant]:
+    return [Variant(backend, sparsity) for backend, sparsity in product(backends, patterns)]
 
 
 def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
@@ -290,7 +290,7 @@ def _tune(p: Profile, models: dict[str, Model]) -> Iterator[TuneCell]:
     those get one cell for each distinct size (N or K is then 0).
     """
     dense = [Variant(backend) for backend in p.backends.dense]
-    sparse = _variants(p, p.sparsity.end_to_end)
+    sparse = _variants(p.backends.every_sparse, p.sparsity.end_to_end)
     first = p.backends.sparse[:1]
     patterns = p.sparsity.end_to_end if p.linear is None else p.sparsity.every
     lifted = [Variant(backend, pattern) for backend, pattern in product(first, patterns)]
@@ -328,9 +328,8 @@ def _tune_fused(p: Profile, model: str, dtype: DType, shapes: dict[str, tuple[in
 
 
 def _end_to_end(p: Profile) -> list[Variant]:
-    return [Variant(backend) for backend in (*p.backends.end_to_end, *p.backends.dense)] + _variants(
-        p, p.sparsity.end_to_end
-    )
+    dense = [Variant(backend) for backend in (*p.backends.end_to_end, *p.backends.dense)]
+    return dense + _variants(p.backends.engine_sparse, p.sparsity.end_to_end)
 
 
 def _prefill(p: Profile) -> Iterator[ThroughputCell]:
@@ -346,7 +345,8 @@ def _decode(p: Profile) -> Iterator[ThroughputCell]:
 
 
 def _kernel(p: Profile, models: dict[str, Model], patterns: tuple[Sparsity, ...] | None) -> Iterator[KernelCell]:
-    variants = [Variant(backend) for backend in p.backends.dense] if patterns is None else _variants(p, patterns)
+    dense = [Variant(backend) for backend in p.backends.dense]
+    variants = dense if patterns is None else _variants(p.backends.sparse, patterns)
     dtypes = (*p.dtypes, *p.kernel.float_dtypes)
     for model, dtype, variant in product(p.models, dtypes, variants):
         for m, (layer, (n, k)) in product(p.kernel.m, models[model].linear_shapes().items()):
@@ -356,7 +356,9 @@ def _kernel(p: Profile, models: dict[str, Model], patterns: tuple[Sparsity, ...]
 
 
 def _linear(p: Profile, linear: Linear) -> Iterator[LinearCell]:
-    for model, dtype, variant, m in product(p.models, p.dtypes, _variants(p, p.sparsity.every), linear.m):
+    for model, dtype, variant, m in product(
+        p.models, p.dtypes, _variants(p.backends.sparse, p.sparsity.every), linear.m
+    ):
         yield LinearCell(model, dtype, variant, m)
 
 

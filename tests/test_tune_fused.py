@@ -52,7 +52,7 @@ def test_cells_of_the_reference_run() -> None:
     plan = Plan(load_bench(ROOT / "bench.yaml"), "bitnet-2b", Path())
     cells = fused_cells(plan)
     assert len(cells) == len(set(cells)) == 3 * 5 * 10 * 2
-    assert len(plan.stage_tasks("tune")[0].cells) == 760 + 300
+    assert len(plan.stage_tasks("tune")[0].cells) == 760 + 320 + 300
     assert {(FUSED[cell.operation], cell.k) for cell in cells} == {("norm", 2560), ("add", 2560), ("gate", 6912)}
     assert {cell.m for cell in cells} == set(plan.profile.tune.fine_m)
     for cell in cells:
