@@ -14,4 +14,4 @@ name=${1:?the name of the image}
     find / "${own[@]}" -type f -print0 | xargs -0 -r sha256sum | sed -E "s/^\\\\?([0-9a-f]{64})  (.*)$/\2 \1/"
     find / "${own[@]}" -type l -printf "%p -> %l\n"
     find / "${own[@]}" ! -type l -printf "%p %M %U:%G\n"
-  } | LC_ALL=C sort'
+  } | LC_ALL=C sort --buffer-size 512M'

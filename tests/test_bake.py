@@ -74,6 +74,19 @@ def kernels(cache: Path) -> list[Path]:
     return sorted(cache.glob("*/*.cubin"))
 
 
+def test_two_bakes_make_the_same_code(baked: Path, tmp_path: Path) -> None:
+    """Machine code and C launchers; else two builds of an image would differ."""
+    assert bake(tmp_path / "again").returncode == 0
+
+    def code(cache: Path) -> dict[Path, bytes]:
+        built = (path for path in cache.rglob("*") if path.suffix in (".cubin", ".so"))
+        return {path.relative_to(cache): path.read_bytes() for path in built}
+
+    first, second = code(baked), code(tmp_path / "again")
+    assert len(first) > FEW
+    assert [path.name for path in first.keys() | second.keys() if first.get(path) != second.get(path)] == []
+
+
 def launched(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]

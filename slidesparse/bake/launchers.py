@@ -69,7 +69,9 @@ def compile_missing(wanted: Iterable[Launcher], cache: Path) -> None:
     with empty_driver_library() as room:
         for one in missing:
             folders = [nvidia.libdevice_dir, str(room)]
-            compile_module_from_src(one.source, one.name, folders, nvidia.include_dirs, nvidia.libraries)
+            # Triton compiles in a folder of a random name, which __FILE__ would repeat: a bake is the same each time.
+            same = ["-Wno-builtin-macro-redefined", f'-D__FILE__="{one.name}.c"']
+            compile_module_from_src(one.source, one.name, folders, nvidia.include_dirs, nvidia.libraries, same)
 
 
 def _source(signature: tuple[str, ...]) -> str:
