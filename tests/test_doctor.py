@@ -24,7 +24,7 @@ H100 = replace(
     CPU, gpu=Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, "580.95.05"), gpu_count=1, torch="2.11.0+cu130", cuda="13.0"
 )
 A100 = replace(H100, gpu=Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 80 * GIB, "580.95.05"))
-BACKENDS = ("cpu_dense", "cpu_sparse", "cublaslt", "cusparselt", "vllm", "auto")
+BACKENDS = ("cpu_dense", "cpu_sparse", "cublaslt", "cusparselt", "fused", "vllm", "auto")
 READY = Surroundings(
     nvidia_gpus=("NVIDIA H100 80GB HBM3",),
     driver="580.95.05",
@@ -123,7 +123,7 @@ def test_a_backend_that_cannot_run_stops_only_tasks_that_use_it() -> None:
     findings = diagnose(REFERENCE, H100, replace(READY, backend_problems=without))
     status = {f.name[5:].partition(",")[0]: f.status for f in findings if f.name.startswith("task ")}
     assert status == {
-        "1": "ok", "2": "ok", "3": "warning", "4": "warning", "5": "warning", "6": "ok", "7": "missing", "8": "missing",
+        "1": "ok", "2": "ok", "3": "warning", "4": "ok", "5": "ok", "6": "ok", "7": "missing", "8": "missing",
         "9": "missing", "10": "ok",
     }  # fmt: skip
     assert exit_code(findings) == 1
