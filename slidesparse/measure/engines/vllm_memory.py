@@ -18,7 +18,7 @@ CHECK_SEQUENCES, CHECK_POSITIONS = 16, 64
 """Room for prompts that are only checked, whatever the timed ones are."""
 LIFTED_LOAD = 1.7
 """Peak of a load over the bytes on disk: a sparse backend holds a weight dense and packed for a while."""
-CONTEXT = 2560 << 20
+CONTEXT = 1536 << 20
 """CUDA context, libraries and their workspaces, NCCL, and what torch's allocator cannot hand out again."""
 SHARE_OF_FREE = 0.97
 """Of the free memory, what engines may be planned into."""
