@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import subprocess
 from pathlib import Path
 
+import c_layout
 import pytest
 import torch
 from test_device_code import CSRC, nvcc  # noqa: F401 - a fixture
@@ -133,17 +133,4 @@ def test_the_structures_are_those_of_the_header(tmp_path: Path) -> None:
         "ss_fused_config": fused_library._Config,
         "ss_fused_operands": fused_library._Operands,
     }
-    lines = [
-        f'printf("{name}.{field} %zu\\n", offsetof({name}, {field}));'
-        for name, structure in fields.items()
-        for field, *_ in structure._fields_
-    ]
-    lines += [f'printf("{name} %zu\\n", sizeof({name}));' for name in fields]
-    source = tmp_path / "offsets.c"
-    head = '#include <stddef.h>\n#include <stdio.h>\n#include "slidesparse_fused.h"\n'
-    source.write_text(head + "int main(void) {\n" + "\n".join(lines) + "\nreturn 0;\n}\n")
-    subprocess.run(["cc", f"-I{CSRC / 'include'}", "-o", str(tmp_path / "offsets"), str(source)], check=True)
-    seen = subprocess.run([str(tmp_path / "offsets")], capture_output=True, text=True, check=True).stdout.split()
-    expected = {f"{n}.{f}": getattr(s, f).offset for n, s in fields.items() for f, *_ in s._fields_}
-    expected |= {name: ctypes.sizeof(structure) for name, structure in fields.items()}
-    assert dict(zip(seen[::2], map(int, seen[1::2]), strict=True)) == expected
+    assert c_layout.compiled("slidesparse_fused.h", fields, tmp_path) == c_layout.in_python(fields)

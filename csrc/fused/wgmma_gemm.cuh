@@ -68,7 +68,8 @@ struct Tile {
   static constexpr int kMany = Blocks * Tokens > 320 ? 240 : 232, kFew = Blocks * Tokens > 320 ? 24 : 40;
   // Sums of the whole tile fit where the stages were.
   static constexpr bool kSplits = Tokens <= 128 && kChannels * Tokens * 4 <= kRingAt;
-  static_assert(kStage % 1024 == 0 && kTokenBytes % 1024 == 0 && kChunk % 1024 == 0 && Tokens % kChunkTokens == 0, "swizzles count from these");
+  static_assert(kStage % 1024 == 0 && kTokenBytes % 1024 == 0 && kChunk % 1024 == 0, "swizzles count from these");
+  static_assert(Tokens % kChunkTokens == 0);
   static_assert(kStages >= 3 && kShared <= kSharedBytes && kScales % 16 == 0);
 };
 
@@ -429,8 +430,8 @@ __device__ void write_block(Worker<T>& w, const CUtensorMap& out, int i, const S
 // Split along K: every block leaves its sums in shared memory (the stages are free by now), takes its share of the
 // tokens, 8 at a time, and adds up what all have for them, always in the same order.
 template <class T>
-__device__ void write_shared_tile(Worker<T>& w, const CUtensorMap& out, Sums<T> (&d)[T::Blocks],
-                                  const Rank& rank, int channel, int token) {
+__device__ void write_shared_tile(Worker<T>& w, const CUtensorMap& out, Sums<T> (&d)[T::Blocks], const Rank& rank,
+                                  int channel, int token) {
   constexpr int kGroups = T::Tokens / 8;
   const auto place = [&](int i, int group) {
     return w.shared.base + (((w.warpgroup * T::Blocks + i) * kGroups + group) * kWarpgroup + w.thread) * 16;
