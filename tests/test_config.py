@@ -12,7 +12,7 @@ from slidesparse.config import load_bench
 from slidesparse.dtypes import DType
 from slidesparse.errors import ConfigError
 from slidesparse.pattern import Sparsity
-from slidesparse.plan import SQUARE, KernelCell, Plan
+from slidesparse.plan import SQUARE, KernelCell, LinearCell, Plan, ThroughputCell, TuneCell
 
 ROOT = Path(__file__).parent.parent
 BENCH = (ROOT / "bench.yaml").read_text(encoding="utf-8")
@@ -216,6 +216,24 @@ def test_the_reference_run_to_the_letter() -> None:
     assert plan.profile.tune.fine_m == (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
     shapes = plan.bench.models["BitNet-2B"].linear_shapes()
     assert shapes == {"qkv": (3840, 2560), "o": (2560, 2560), "gate_up": (13824, 2560), "down": (2560, 6912)}
+
+
+@pytest.mark.parametrize(("kept", "engine"), [(True, "fused"), (False, "cusparselt")])
+def test_tasks_4_and_5_may_have_a_sparse_side_of_their_own(tmp_path: Path, kept: bool, engine: str) -> None:
+    """Else it is that of the kernel tasks. Both are tuned; the kernel tasks keep theirs."""
+    own = ", sparse_end_to_end: [fused]}"
+    assert own in BENCH
+    path = tmp_path / "bench.yaml"
+    path.write_text(BENCH if kept else BENCH.replace(own, "}"))
+    plan = Plan(load_bench(path), "bitnet-2b", Path())
+    measured = (TuneCell, ThroughputCell, KernelCell, LinearCell)
+    names = {
+        task.name: {cell.variant.backend for cell in task.cells if isinstance(cell, measured) and cell.variant.sparsity}
+        for task in plan.tasks
+    }
+    assert names["prefill"] == names["decode"] == {engine}
+    assert names["kernel_high"] == names["kernel_low"] == names["linear"] == {"cusparselt"}
+    assert names["tune"] == {engine, "cusparselt"}
 
 
 def test_paper_has_five_models_and_the_cells_of_the_reference() -> None:
