@@ -94,17 +94,21 @@ std::string obstacle(const ss_fused_problem& p, const ss_fused_config& c) {
   return "";
 }
 
-// A guess of the cycles that a way takes, to have the likely ones first: what is tuned is measured. A stage takes as long
-// as its products (shared memory bounds them at about 1.25 times the tensor cores' time) or its bytes from the L2 cache.
+// A guess of the cycles that a way takes, to have the likely ones first: what is tuned is measured. A stage takes as
+// long as its products (shared memory bounds them at about 1.25 times the tensor cores' time) or its bytes: from the L2
+// cache, weights that few tiles of tokens take from memory. Blocks that split K exchange their sums.
 double guess(const ss_fused_problem& p, const ss_fused_config& c) {
   constexpr int kMultiprocessors = 132;
+  constexpr double kFromCache = 40, kFromMemory = 17, kExchanged = 32;  // bytes a cycle and multiprocessor, of an H200
+  const int token_tiles = tiles(p.m, c.tokens * c.cluster_tokens);
   const double tile = double(c.channels) * c.tokens;
-  const double bytes = c.channels * 80.0 / c.cluster_tokens + c.tokens * 128.0 / c.cluster_channels;
-  const double stage = std::max(tile / 64 * 1.25, bytes / 40);
-  const int64_t blocks = int64_t(tiles(p.n, c.channels * c.cluster_channels)) * c.cluster_channels *
-                         tiles(p.m, c.tokens * c.cluster_tokens) * c.cluster_tokens * c.split_k;
+  const double weights = c.channels * 80.0 / c.cluster_tokens / std::min(kFromCache, kFromMemory * token_tiles);
+  const double stage = std::max(tile / 64 * 1.25, weights + c.tokens * 128.0 / c.cluster_channels / kFromCache);
+  const double exchange = c.split_k > 1 ? 2 * 4 * tile / kExchanged : 0;
+  const int64_t blocks = int64_t(tiles(p.n, c.channels * c.cluster_channels)) * c.cluster_channels * token_tiles *
+                         c.cluster_tokens * c.split_k;
   const int64_t rounds = (blocks + kMultiprocessors - 1) / kMultiprocessors;
-  return double(rounds) * (double(k_steps(p)) / c.split_k * stage + tile / 20 + 1500);
+  return double(rounds) * (double(k_steps(p)) / c.split_k * stage + tile / 20 + exchange + 1500);
 }
 
 PFN_cuTensorMapEncodeTiled_v12000 map_encoder() {
@@ -189,7 +193,7 @@ std::vector<ss_fused_config> wgmma_configs(int capability, const ss_fused_proble
       for (const Cluster& cluster : split) offer(config_of(index, cluster, 8, cluster.split == 1 ? 2 : 0));
     if (p.m > 128 && entry.tokens >= 128)
       for (const Cluster& cluster : together)
-        for (int group : {16, 8})
+        for (int group : {8, 16})
           if (cluster.tokens * entry.tokens < 2 * p.m) offer(config_of(index, cluster, group, 2));
   }
   std::stable_sort(found.begin(), found.end(), [&](const ss_fused_config& a, const ss_fused_config& b) {

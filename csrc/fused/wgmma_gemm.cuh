@@ -321,6 +321,7 @@ __device__ void multiply_tail(Worker<T>& w, Sums<T> (&d)[T::Blocks], uint2 (&met
     w.under_way(1);
   }
   pin_all<T>(d[1]);
+  fence();  // PTX asks for none here: the compiler does
 #pragma unroll
   for (int k = 0; k < T::kTail; ++k) issue(w, slots[k], 1, d[1], metadata[k][1], k > 0 || !alone);
   commit();
