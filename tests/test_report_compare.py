@@ -172,7 +172,7 @@ def test_outcome_is_overlap_with_five_percent(low: float, high: float, expected:
 
 
 def test_only_the_published_backends_are_compared(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer = Writer(tmp_path, "bitnet-2b-cusparselt", GPU)
     writer.task(writer.plan.tasks[4])
     frame = compare.speedups(collect(writer.tree), published.BASELINE)
     found = published.beside(frame, "H100", ["decode"])

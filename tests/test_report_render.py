@@ -271,7 +271,7 @@ def test_losses_are_said_plainly(hardware_text: str) -> None:
 
 
 def test_a_ratio_above_its_bound_is_questioned(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer = Writer(tmp_path, "bitnet-2b-cusparselt", GPU)
     over = {"speedup": 2.2, "speedup_low": 2.1, "speedup_high": 2.3}
     writer.changes = {"BitNet-2B-INT8 cusparselt 2:8 o M=1024 N=2560 K=2560": over}
     writer.task(writer.plan.tasks[6])
@@ -292,7 +292,7 @@ def test_the_same_gpu_is_compared_cell_by_cell(hardware_text: str) -> None:
 
 
 def test_another_gpu_is_put_side_by_side(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer = Writer(tmp_path, "bitnet-2b-cusparselt", GPU)
     writer.machine.gpu["name"], before = "NVIDIA H200", writer.machine.gpu["name"]  # type: ignore[index]
     try:
         writer.task(writer.plan.tasks[4])

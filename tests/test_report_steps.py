@@ -28,7 +28,7 @@ HEADING = "Prefill step, BitNet-2B INT8, M=16,384"
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Writer:
-    made = Writer(tmp_path_factory.mktemp("steps"), "bitnet-2b", GPU)
+    made = Writer(tmp_path_factory.mktemp("steps"), "bitnet-2b-cusparselt", GPU)
     made.task(made.plan.tasks[3])
     made.task(made.plan.tasks[-1])
     made.steps()
@@ -149,7 +149,7 @@ def test_conclusions_say_how_far_the_largest_steps_are(text: str) -> None:
 
 
 def test_without_rates_there_are_times_and_no_bounds(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer = Writer(tmp_path, "bitnet-2b-cusparselt", GPU)
     writer.steps()
     writer.environment()
     said = section(render_report(writer.tree).read_text(), TITLE)
@@ -164,7 +164,7 @@ def test_without_rates_there_are_times_and_no_bounds(tmp_path: Path) -> None:
 
 
 def test_unknown_kernels_are_shown_by_name(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer = Writer(tmp_path, "bitnet-2b-cusparselt", GPU)
     cell = next(c for c in writer.plan.tasks[3].cells if isinstance(c, ThroughputCell) and c.m == 16384)
     kernels = (KernelTime("new|kernel<`x`>", 300.0, 2), *(KernelTime(f"other_{i}", 9.0, 1) for i in range(7)))
     columns = STAMP | {"engine": "vllm", "path": "p"}
@@ -204,13 +204,13 @@ def test_without_records_one_line_says_why(profile: str, reason: str, tmp_path: 
 
 
 def test_steps_that_are_missing_are_counted(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer = Writer(tmp_path, "bitnet-2b-cusparselt", GPU)
     writer.steps()
     writer.environment()
     path = writer.tree.step_profile("BitNet-2B", DType.FP8)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith("decode,512,cusparselt,2:8")))
-    assert "Missing: 1 of the planned steps. Made by `make prefill PROFILE=bitnet-2b`." in section(
+    assert "Missing: 1 of the planned steps. Made by `make prefill PROFILE=bitnet-2b-cusparselt`." in section(
         render_report(writer.tree).read_text(), TITLE
     )
 

@@ -34,7 +34,7 @@ def variant(sparsity: str, m: int) -> str:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> ResultTree:
     """2:8 loses to stock up to M=2048, cannot be told at 4096 and wins above; 2:10 loses everywhere."""
-    writer = Writer(tmp_path_factory.mktemp("stock"), "bitnet-2b", GPU)
+    writer = Writer(tmp_path_factory.mktemp("stock"), "bitnet-2b-cusparselt", GPU)
     for m in writer.profile.prefill.m:
         low, high = (0.94, 0.96) if m < 4096 else (0.99, 1.02) if m == 4096 else (1.01, 1.03)
         writer.changes[variant("2:8", m)] = paired("over_stock", (low + high) / 2, low, high)
@@ -93,7 +93,7 @@ def test_published_figures_are_met_with_the_dense_side_that_they_have(tree: Resu
 
 
 def test_a_paired_ratio_is_taken_before_that_of_two_medians(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer = Writer(tmp_path, "bitnet-2b-cusparselt", GPU)
     writer.changes = {
         variant("2:8", 1024): {"tokens_per_s": 99_000.0, **paired("over_dense", 0.97, 0.96, 0.98)},
         variant("2:8", 2048): {"tokens_per_s": 18_000.0, **paired("over_dense", -1.0, -1.0, -1.0)},
@@ -172,7 +172,7 @@ def test_the_figure_has_a_panel_for_each_base(tree: ResultTree) -> None:
 
 def test_without_paired_ratios_the_report_says_so(tmp_path: Path) -> None:
     """Stock beside the others, but never in turns with them: no ratio to stock may be shown."""
-    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer = Writer(tmp_path, "bitnet-2b-cusparselt", GPU)
     gone = paired("over_stock", -1.0, -1.0, -1.0) | paired("over_dense", -1.0, -1.0, -1.0)
     writer.changes = {str(cell): gone for cell in writer.plan.tasks[PREFILL].cells}
     writer.task(writer.plan.tasks[PREFILL])
@@ -214,7 +214,7 @@ def test_sizes_name_every_size_and_no_other(powers: set[int], data: st.DataObjec
 
 
 def test_decode_has_its_sentences_too(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, "bitnet-2b", GPU)
+    writer = Writer(tmp_path, "bitnet-2b-cusparselt", GPU)
     writer.task(writer.plan.tasks[PREFILL + 1])
     writer.environment()
     said = block(render_report(writer.tree).read_text(), "Decode, BitNet-2B FP8E4M3")
