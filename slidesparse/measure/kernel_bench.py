@@ -14,14 +14,15 @@ from slidesparse import records
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
-from slidesparse.errors import ContextLost, DiskError, UnsupportedHere, VerificationError
+from slidesparse.errors import UnsupportedHere, VerificationError
 from slidesparse.kernels import operands
 from slidesparse.kernels.backend import Algorithm, Backend, backend, named, own_revision
 from slidesparse.kernels.gemm_library import loaded_versions
 from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.kernels.verify import Check
 from slidesparse.measure import telemetry
-from slidesparse.measure.book import RowBook, reason_of
+from slidesparse.measure.book import RowBook
+from slidesparse.measure.cells import Table
 from slidesparse.measure.clocks import clock_of, free_memory
 from slidesparse.measure.gemm_point import GemmPoint, LayerWeight, Product, Ranked, rank
 from slidesparse.measure.scaled_point import point_of, whole_point
@@ -96,52 +97,30 @@ class _Table:
             header = self._header(side)
         except UnsupportedHere as error:
             with RowBook(path, self._header(None)) as book:
+                table = Table(self._run, book, self._outcome, self._row)
                 for cell in self._cells:
-                    self._skip(cell, str(error), book)
+                    table.skip(cell, _key(cell), _columns(cell), str(error))
                     bar.advance(note=str(cell))
             return
         with RowBook(path, header) as book:
+            table = Table(self._run, book, self._outcome, self._row)
             for cell in self._cells:
-                self._cell(cell, side, book)
+                columns = _columns(cell) | {"emulation": side.emulation}
+                done = table.settle(cell, _key(cell), columns, self._conditions, self._guarded)
+                if not done:
+                    free_memory(side)
                 bar.advance(note=str(cell))
         free_memory(side)
 
-    def _cell(self, cell: KernelCell, side: Backend, book: RowBook) -> None:
+    def _conditions(self, cell: KernelCell) -> str:
+        self._source = self._source or _source(self._folder)
         dense = self._run.plan.profile.backends.dense[0]
-        columns = _columns(cell) | {"fingerprint": "", "emulation": side.emulation}
-        try:
-            self._source = self._source or _source(self._folder)
-            conditions = fingerprint(cell, self._stopping, self._seed, self._source, dense, self._versions, *_own(side))
-            columns["fingerprint"] = conditions
-            if book.done(_key(cell), conditions):
-                self._outcome.ok += 1
-                self._outcome.done_before += 1
-                return
-            with self._losses.cell(side, cell.dtype, str(cell)):
-                columns |= self._point(cell, side)
-            row = self._row(**(columns | self._run.stamp()))
-            self._outcome.ok += 1
-        except (DiskError, ContextLost):
-            raise
-        except UnsupportedHere as error:
-            self._skip(cell, str(error), book)
-            return
-        except Exception as error:
-            self._run.log.exception("kernel %s", cell)
-            self._outcome.failed += 1
-            if isinstance(error, VerificationError):
-                columns |= {"verified": "failed", "check": reason_of(error)}
-            row = self._row(**(columns | self._run.stamp()), status="failed", reason=reason_of(error))
-        book.add(row)
-        if row.status == "failed":  # only now: the traceback held the buffers
-            free_memory(side)
+        return fingerprint(cell, self._stopping, self._seed, self._source, dense, self._versions, *_own(cell.variant))
 
-    def _skip(self, cell: KernelCell, reason: str, book: RowBook) -> None:
-        self._outcome.skipped += 1
-        conditions = fingerprint(cell, "skipped", reason)
-        if not book.done(_key(cell), conditions):
-            columns = _columns(cell) | self._run.stamp() | {"fingerprint": conditions}
-            book.add(self._row(**columns, status="skipped", reason=reason))
+    def _guarded(self, cell: KernelCell) -> dict[str, Any]:
+        side = backend(cell.variant.backend)
+        with self._losses.cell(side, cell.dtype, str(cell)):
+            return self._point(cell, side)
 
     # -- one point -------------------------------------------------------------------------------------
 
@@ -314,9 +293,9 @@ def _against(
     }
 
 
-def _own(side: Backend) -> tuple[str, ...]:
+def _own(variant: Variant) -> tuple[str, ...]:
     """What else a figure depends on: the kernels of a backend of ours."""
-    revision = own_revision(side.name)
+    revision = own_revision(variant.backend)
     return (revision,) if revision else ()
 
 

@@ -18,14 +18,15 @@ import torch
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
-from slidesparse.errors import ContextLost, DiskError, UnsupportedHere, VerificationError
+from slidesparse.errors import UnsupportedHere, VerificationError
 from slidesparse.kernels import operands, verify
 from slidesparse.kernels.backend import backend, own_revision, source_hash
 from slidesparse.kernels.linear import Choice, W8A8Linear
 from slidesparse.kernels.lost_contexts import LostContexts
 from slidesparse.kernels.verify import Check
 from slidesparse.measure import telemetry
-from slidesparse.measure.book import RowBook, reason_of
+from slidesparse.measure.book import RowBook
+from slidesparse.measure.cells import Table
 from slidesparse.measure.clocks import clock_of, free_memory
 from slidesparse.measure.linear_block import Block
 from slidesparse.measure.telemetry import TELEMETRY_PERIOD_S, measured_unthrottled
@@ -76,7 +77,8 @@ class _Variant:
 
     def __init__(self, run: Run, model: str, dtype: DType, variant: Variant, outcome: Outcome, book: RowBook) -> None:
         self._run, self._model, self._dtype, self._variant = run, model, dtype, variant
-        self._outcome, self._book = outcome, book
+        self._table = Table(run, book, outcome, LinearRow)
+        self._dense = run.plan.profile.backends.dense[0]
         linear = run.plan.profile.linear
         assert linear is not None  # a profile without it has no task 9
         assert variant.sparsity is not None
@@ -87,63 +89,38 @@ class _Variant:
         self._probe = telemetry.probe(run.machine)
         self._shapes = run.plan.bench.models[model].linear_shapes()
         self._folder = run.plan.checkpoint_folder(model, dtype, variant)
+        self._source = ""
+        """`random`, or the fingerprint of the checkpoint that weights come from; known once the first cell asks."""
         self._layers: list[_Layer] = []
 
     def measure(self, cells: list[LinearCell], bar: Bar) -> None:
-        dense = self._run.plan.profile.backends.dense[0]
-        families = {self._variant.backend, dense, "triton", "cpu"}
         for cell in cells:
-            columns = _key(cell)
-            try:
-                for name in (self._variant.backend, dense):
-                    backend(name).require(self._run.machine, self._dtype)
-                source = Checkpoint.open(self._folder).fingerprint() if self._folder.exists() else "random"
-                digest = self._store.digest(families, self._dtype)
-                revisions = own_revision(self._variant.backend), backend(self._variant.backend).activations.revision
-                kernels = *(revision for revision in revisions if revision), source_hash("reference_pipeline")
-                conditions = fingerprint(
-                    cell, self._stopping, self._seed, source, dense, digest, kernels, kernel_versions()
-                )
-                columns["fingerprint"] = conditions
-                if self._book.done(_key(cell), conditions):
-                    self._outcome.ok += 1
-                    self._outcome.done_before += 1
-                    bar.advance(note=str(cell))
-                    continue
-                with self._losses.cell(backend(self._variant.backend), self._dtype, str(cell)):
-                    columns |= self._cell(cell, source, dense)
-                row = LinearRow(**columns, **self._run.stamp())
-                self._outcome.ok += 1
-            except (DiskError, ContextLost):
-                raise
-            except UnsupportedHere as error:
-                self._skip(cell, str(error))
-                bar.advance(note=str(cell))
-                continue
-            except Exception as error:
-                self._run.log.exception("linear %s", cell)
-                self._outcome.failed += 1
-                if isinstance(error, VerificationError):
-                    columns |= {"verified": "failed", "check": reason_of(error)}
-                columns = {"fingerprint": ""} | columns
-                row = LinearRow(**columns, **self._run.stamp(), status="failed", reason=reason_of(error))
-            self._book.add(row)
-            if row.status == "failed":  # only now: the traceback held the buffers
+            done = self._table.settle(cell, _key(cell), {}, self._conditions, self._guarded)
+            if not done:
                 free_memory(backend(self._variant.backend))
             bar.advance(note=str(cell))
 
-    def _skip(self, cell: LinearCell, reason: str) -> None:
-        self._outcome.skipped += 1
-        conditions = fingerprint(cell, "skipped", reason)
-        if not self._book.done(_key(cell), conditions):
-            columns = _key(cell) | self._run.stamp() | {"fingerprint": conditions}
-            self._book.add(LinearRow(**columns, status="skipped", reason=reason))
+    def _conditions(self, cell: LinearCell) -> str:
+        """Raises UnsupportedHere where one of the sides cannot run."""
+        for name in (self._variant.backend, self._dense):
+            backend(name).require(self._run.machine, self._dtype)
+        self._source = Checkpoint.open(self._folder).fingerprint() if self._folder.exists() else "random"
+        digest = self._store.digest({self._variant.backend, self._dense, "triton", "cpu"}, self._dtype)
+        revisions = own_revision(self._variant.backend), backend(self._variant.backend).activations.revision
+        kernels = *(revision for revision in revisions if revision), source_hash("reference_pipeline")
+        return fingerprint(
+            cell, self._stopping, self._seed, self._source, self._dense, digest, kernels, kernel_versions()
+        )
+
+    def _guarded(self, cell: LinearCell) -> dict[str, Any]:
+        with self._losses.cell(backend(self._variant.backend), self._dtype, str(cell)):
+            return self._cell(cell)
 
     # -- one cell --------------------------------------------------------------------------------------
 
-    def _cell(self, cell: LinearCell, source: str, dense: str) -> dict[str, Any]:
+    def _cell(self, cell: LinearCell) -> dict[str, Any]:
         """Measured columns. Raises VerificationError when a layer is wrong."""
-        self._layers = self._layers or [self._layer(name, source, dense) for name in self._shapes]
+        self._layers = self._layers or [self._layer(name) for name in self._shapes]
         layers = self._layers
         side = layers[0].sparse.backend
         seeds = range(self._seed, self._seed + len(layers))
@@ -190,7 +167,7 @@ class _Variant:
             "reference_path": reference_path,
             "lat_us": timed[-1].interval.median * 1e6,
             "layers": "; ".join(f"{layer.name} {layer.sparse.n}x{layer.sparse.k}" for layer in layers),
-            "data": "random" if source == "random" else "model",
+            "data": "random" if self._source == "random" else "model",
             "emulation": side.emulation,
             "path": _paths(layers, ours),
             "dense_us": timed[best].interval.median * 1e6,
@@ -231,10 +208,10 @@ class _Variant:
         pattern = "" if sparsity is None else str(sparsity)
         return self._store.holds((operation, family, linear.dtype.value, pattern, m, n, linear.k))
 
-    def _layer(self, name: str, source: str, dense: str) -> _Layer:
+    def _layer(self, name: str) -> _Layer:
         n, k = self._shapes[name]
         device = backend(self._variant.backend).device
-        if source == "random":
+        if self._source == "random":
             codes = operands.random_weight(n, k, self._dtype, self._sparsity, self._seed, device)
         else:
             codes = operands.model_weight(self._folder, name, (n, k), self._sparsity).to(device)
@@ -242,7 +219,7 @@ class _Variant:
         scale = torch.rand(n, 1, generator=generator, device=device) * 1e-3 + 1e-4
         both = [
             W8A8Linear(name, codes, scale, None, k=k, variant=variant, dtype=self._dtype, store=self._store)
-            for variant in (self._variant, Variant(dense))
+            for variant in (self._variant, Variant(self._dense))
         ]
         return _Layer(name, both[0], both[1], codes, scale)
 
