@@ -210,8 +210,25 @@ class Backends(_Section):
     """Dense variants that only tasks 4 and 5 have: `vllm` (the engine's own kernels, untouched), `auto` (the fastest at
     hand for each shape and M, behind our fused kernels), `cutlass` (the engine's own GEMM behind them)."""
 
+    dense_end_to_end: tuple[Backend, ...] | None = None
+    """Dense GEMM libraries that tasks 4 and 5 have too, beside `end_to_end`; those of the kernel tasks unless given."""
+
     sparse_end_to_end: tuple[Backend, ...] = ()
     """Sparse side of tasks 4 and 5, where it is another than that of the kernel tasks."""
+
+    @model_validator(mode="after")
+    def _has_a_dense_side(self) -> Backends:
+        if not [name for name in self.engine_dense if name != "vllm"]:
+            raise ValueError(
+                "tasks 4 and 5 have no dense variant of ours to compare with; name one in end_to_end (auto) or "
+                "dense_end_to_end"
+            )
+        return self
+
+    @property
+    def engine_dense(self) -> tuple[Backend, ...]:
+        """Dense side of tasks 4 and 5, in the order of the tables."""
+        return (*self.end_to_end, *(self.dense if self.dense_end_to_end is None else self.dense_end_to_end))
 
     @property
     def engine_sparse(self) -> tuple[Backend, ...]:
@@ -225,7 +242,7 @@ class Backends(_Section):
     @property
     def every(self) -> tuple[Backend, ...]:
         """All of them, each once."""
-        return tuple(dict.fromkeys((*self.dense, *self.every_sparse, *self.end_to_end)))
+        return tuple(dict.fromkeys((*self.dense, *self.every_sparse, *self.engine_dense)))
 
 
 class Vllm(_Section):

@@ -328,7 +328,7 @@ def _tune_fused(p: Profile, model: str, dtype: DType, shapes: dict[str, tuple[in
 
 
 def _end_to_end(p: Profile) -> list[Variant]:
-    dense = [Variant(backend) for backend in (*p.backends.end_to_end, *p.backends.dense)]
+    dense = [Variant(backend) for backend in p.backends.engine_dense]
     return dense + _variants(p.backends.engine_sparse, p.sparsity.end_to_end)
 
 

@@ -202,14 +202,14 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object)
 def test_the_reference_run_to_the_letter() -> None:
     """Cells of the eight tasks as the published run counted them: 2 + 8, 70, 40, then 36 points a type and pattern.
 
-    Two more dense variants are measured beside them, at 7 and 4 M in both types. Ours follow: 4 M for each type and
+    Stock vLLM is measured beside them, at 7 and 4 M in both types. Ours follow: 4 M for each type and
     pattern; the copy and 4 rates of each of 4 types.
     """
     plan = Plan(load_bench(ROOT / "bench.yaml"), "bitnet-2b", Path())
     counts = {task.name: len(task.cells) for task in plan.tasks}
     del counts["tune"]
     assert counts == {
-        "prepare": 2, "convert": 8, "prefill": 70 + 28, "decode": 40 + 16,
+        "prepare": 2, "convert": 8, "prefill": 70 + 14, "decode": 40 + 8,
         "kernel_dense": 2 * 36, "kernel_high": 2 * 4 * 36, "kernel_low": 2 * 4 * 36,
         "linear": 2 * 8 * 4, "calibrate": 1 + 4 * 4,
     }  # fmt: skip
@@ -223,7 +223,7 @@ def test_the_reference_run_to_the_letter() -> None:
 @pytest.mark.parametrize(("kept", "engine"), [(True, "fused"), (False, "cusparselt")])
 def test_tasks_4_and_5_may_have_a_sparse_side_of_their_own(tmp_path: Path, kept: bool, engine: str) -> None:
     """Else it is that of the kernel tasks. Both are tuned; the kernel tasks keep theirs."""
-    own = ", sparse_end_to_end: [fused]}"
+    own = ", dense_end_to_end: [], sparse_end_to_end: [fused]}"
     assert own in BENCH
     path = tmp_path / "bench.yaml"
     path.write_text(BENCH if kept else BENCH.replace(own, "}"))
@@ -236,6 +236,16 @@ def test_tasks_4_and_5_may_have_a_sparse_side_of_their_own(tmp_path: Path, kept:
     assert names["prefill"] == names["decode"] == {engine}
     assert names["kernel_high"] == names["kernel_low"] == names["linear"] == {"cusparselt"}
     assert names["tune"] == {engine, "cusparselt"}
+
+
+def test_tasks_4_and_5_have_the_dense_side_of_the_kernel_tasks_unless_told_otherwise(tmp_path: Path) -> None:
+    """The profile as published has cuBLASLt end to end; where `auto` stands for the dense side, nothing beside it."""
+    bench = load_bench(ROOT / "bench.yaml")
+    assert bench.profile("bitnet-2b").backends.engine_dense == ("vllm", "auto")
+    assert bench.profile("bitnet-2b-cusparselt").backends.engine_dense == ("vllm", "auto", "cublaslt")
+    lines, line = refusals(tmp_path, "end_to_end: [vllm, auto], dense_end_to_end: []", "dense_end_to_end: []")
+    assert lines[0].startswith(f"bench.yaml:{line - 1}: profiles.bitnet-2b.backends: ")  # its key is a line above
+    assert all("no dense variant of ours to compare with" in message for message in lines)
 
 
 def test_paper_has_five_models_and_the_cells_of_the_reference() -> None:

@@ -56,7 +56,7 @@ def test_a_ready_host_runs_all_tasks() -> None:
     assert {f.status for f in findings} == {"ok"}
     assert exit_code(findings) == 0
     tasks = [f for f in findings if f.name.startswith("task ")]
-    assert [f.detail for f in tasks][3:5] == ["98 cells can run", "56 cells can run"]
+    assert [f.detail for f in tasks][3:5] == ["84 cells can run", "48 cells can run"]
     assert [f.detail for f in tasks][8:] == ["64 cells can run", "17 cells can run"]
 
 
@@ -114,7 +114,7 @@ def test_an_a100_skips_fp8_and_runs_the_rest() -> None:
     findings = diagnose(REFERENCE, A100, replace(READY, backend_problems=no_fp8))
     assert finding(findings, "FP8").status == "warning"
     assert finding(findings, "backend cublaslt").status == "warning"
-    assert finding(findings, "task 4, prefill benchmark").detail == "49 of 98 cells will be skipped: FP8 needs 8.9"
+    assert finding(findings, "task 4, prefill benchmark").detail == "42 of 84 cells will be skipped: FP8 needs 8.9"
     assert exit_code(findings) == 0
 
 

@@ -24,7 +24,7 @@ from slidesparse.measure.statistics import Interval
 from slidesparse.measure.timer import Call, Samples, WallClock, measure_together
 from slidesparse.plan import ThroughputCell
 
-BURST = 8
+BURST = 16
 """Most steps of a prefill sample."""
 WARMUP_OUTPUTS = 16
 """Tokens a sequence of a decode batch that only warms up."""

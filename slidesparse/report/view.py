@@ -118,7 +118,7 @@ class View:
     def _backend_order(self) -> dict[str, int]:
         profile = self.records.profile
         backends = profile.backends if profile else None
-        names = [*backends.end_to_end, *backends.dense, *backends.every_sparse] if backends else []
+        names = [*backends.engine_dense, *backends.dense, *backends.every_sparse] if backends else []
         return {name: index for index, name in enumerate(names)}
 
     def sorted_variants(self, variants: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
