@@ -77,9 +77,25 @@ def test_steps_are_those_of_the_profile(text: str) -> None:
     assert titles == [
         f"{phase} step, BitNet-2B {dtype}, M={m}"
         for dtype in ("INT8", "FP8E4M3")
-        for phase, sizes in (("Prefill", ("512", "1,024", "2,048", "16,384")), ("Decode", ("64", "512")))
+        for phase, sizes in (("Prefill", ("512", "1,024", "2,048", "16,384")), ("Decode", ("64", "128", "256", "512")))
         for m in sizes
     ]
+
+
+def test_kernels_alone_are_the_step_without_its_idle_time(text: str) -> None:
+    """Of every profiled step, and their ratio to stock vLLM's: what a variant is worth where the host is slow."""
+    busy = next(table for table in tables(section(text, TITLE)) if table[0][0] == "µs of kernels")
+    for heading, line in ((HEADING, "prefill, M=16,384"), ("Decode step, BitNet-2B INT8, M=64", "decode, M=64")):
+        times = table_under(text, heading, 0)
+        stock = 0.0
+        for name in ("vllm", "cublaslt", "cusparselt 2:8"):
+            own = column(times, name)
+            expected = number(own["whole step, profiled"]) - number(own.get(c.IDLE) or "0")
+            found = column(busy, name)[line]
+            assert number(found) == pytest.approx(expected, rel=2e-3)
+            stock = stock or expected
+            if name != "vllm":
+                assert float(found.split("(")[1].rstrip(")")) == pytest.approx(stock / expected, abs=0.006)
 
 
 # -- bounds --------------------------------------------------------------------------------------------

@@ -38,6 +38,11 @@ class Step:
     def whole_us(self) -> float:
         return float(self.rows["step_us"].iloc[0])
 
+    @property
+    def busy_us(self) -> float:
+        """Time in which any kernel runs."""
+        return float(self.rows["busy_us"].iloc[0])
+
     def us(self, category: str) -> float:
         return float(self.rows["us"].get(category, 0.0))
 

@@ -40,6 +40,8 @@ class ModelSteps:
 
     title: str
     figure: str
+    busy: Table
+    """Time in which kernels run, of every profiled step."""
     blocks: list[StepBlock]
 
 
@@ -61,6 +63,7 @@ def step_section(view: View) -> StepSection:
         ModelSteps(
             f"{model} {dtype}",
             figure_name(KIND, model, dtype, False),
+            _busy(parts),
             [_block(model, dtype, found) for found in parts],
         )
         for model, dtype, parts in profiled(view)
@@ -93,6 +96,18 @@ def _not_run(view: View) -> int:
         if cell[-1] in profile.step_profiles.sizes(phase)
     }
     return len(wanted - have)
+
+
+def _busy(parts: list[Steps]) -> Table:
+    """By phase and M; behind each time, how many times the first variant's rate it would be without the host."""
+    names = list(dict.fromkeys(step.name for part in parts for step in part.variants))
+    lines = []
+    for part in parts:
+        first = part.variants[0]
+        cells = {step.name: significant(step.busy_us, 4) for step in part.variants}
+        cells |= {s.name: f"{cells[s.name]} ({fixed(first.busy_us / s.busy_us, 2)})" for s in part.variants[1:]}
+        lines.append([f"{part.phase}, M={integer(part.m)}", *(cells.get(name, "") for name in names)])
+    return Table(["µs of kernels", *names], lines)
 
 
 # -- one block -----------------------------------------------------------------------------------------
