@@ -32,7 +32,7 @@ class Options:
 
     def plan(self, auto: str | None = None) -> Any:
         """Read and check the bench file; nothing starts before it is right. auto: what profile `auto` stands for."""
-        from slidesparse.config import load_bench
+        from slidesparse.bench_file import load_bench
         from slidesparse.plan import Plan
 
         bench = load_bench(self.config)

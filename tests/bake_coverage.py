@@ -17,7 +17,7 @@ import slidesparse
 from slidesparse.bake import launches
 from slidesparse.bake.specialisation import Specialisation, trace
 from slidesparse.bake.warm import specialisations
-from slidesparse.config import load_bench
+from slidesparse.bench_file import load_bench
 from slidesparse.dtypes import DType
 from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.pattern import Sparsity

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 import slidesparse
 from slidesparse import files
 from slidesparse.bake import counts
+from slidesparse.bench_file import load_bench
 from slidesparse.cli import main
-from slidesparse.config import load_bench
 from slidesparse.errors import ConfigError
 from slidesparse.plan import Plan
 from slidesparse.runner import open_run

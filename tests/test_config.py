@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slidesparse.config import load_bench
+from slidesparse.bench_file import load_bench
 from slidesparse.dtypes import DType
 from slidesparse.errors import ConfigError
 from slidesparse.pattern import Sparsity

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from slidesparse import surroundings
-from slidesparse.config import load_bench
+from slidesparse.bench_file import load_bench
 from slidesparse.doctor import Finding, diagnose, disk_need, exit_code, memory_need
 from slidesparse.dtypes import DType
 from slidesparse.machine import Gpu, Machine, detect

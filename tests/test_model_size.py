@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slidesparse.config import Model, load_bench
+from slidesparse.bench_file import load_bench
+from slidesparse.config import Model
 from slidesparse.errors import CheckpointError
 from slidesparse.model_size import checkpoint_bytes, kv_cache_bytes, parameter_count
 from slidesparse.pattern import Sparsity

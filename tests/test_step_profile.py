@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidesparse import records
-from slidesparse.config import load_bench
+from slidesparse.bench_file import load_bench
 from slidesparse.dtypes import DType
 from slidesparse.measure import step_categories as c
 from slidesparse.measure.step_profile import KernelSpan, KernelTime, StepProfile, by_category, step_rows

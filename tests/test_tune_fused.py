@@ -12,7 +12,8 @@ from small_models import BITNET, LLAMA
 from small_runs import MODEL, small_run, task
 
 from slidesparse import records
-from slidesparse.config import Bench, load_bench
+from slidesparse.bench_file import load_bench
+from slidesparse.config import Bench
 from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.kernels import bitnet_reference, operands
 from slidesparse.kernels.bitnet_reference import BitNetOperation
