@@ -82,7 +82,7 @@ def test_what_cannot_run_here_is_skipped_and_said_once(tmp_path: Path, early: bo
     refusal = raising(UnsupportedHere("needs an NVIDIA GPU"))
     given = (lambda cell: MEASURED, refusal) if early else (refusal,)
     for _ in range(2):
-        good, outcome, row, rows = settle(tmp_path, *given)  # type: ignore[arg-type]
+        good, outcome, row, rows = settle(tmp_path, *given)
         assert (good, outcome.ok, outcome.failed, outcome.skipped, rows) == (True, 0, 0, 1, 1)
         assert (row["status"], row["reason"]) == ("skipped", "needs an NVIDIA GPU")
 
