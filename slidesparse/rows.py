@@ -248,6 +248,13 @@ class DecodeRow(ThroughputRow):
     requests_per_s: float = UNMEASURED
     tokens_per_s: float = UNMEASURED
     elapsed_time_s: float = UNMEASURED
+    graph_ms: float = UNMEASURED
+    """GPU time of a step's CUDA graph, which is the whole model but for logits and sampling: what is left of a step
+    when the host is fast enough. Median over the batches of their medians."""
+    graph_over_stock: float = UNMEASURED
+    """Median of the paired ratios of that time: the engine's own kernels / this row's."""
+    graph_over_stock_low: float = UNMEASURED
+    graph_over_stock_high: float = UNMEASURED
 
 
 class KernelRow(TimedRow):

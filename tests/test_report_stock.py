@@ -219,3 +219,24 @@ def test_decode_has_its_sentences_too(tmp_path: Path) -> None:
     writer.environment()
     said = block(render_report(writer.tree).read_text(), "Decode, BitNet-2B FP8E4M3")
     assert len(re.findall(r"^- \*\*.*times the rate of stock vLLM", said, re.M)) == 6
+
+
+def test_graphs_of_decode_steps_have_a_table_where_they_were_timed(tmp_path: Path, text: str) -> None:
+    """Time and ratio of each variant; the engine's own has no ratio over itself. Prefill steps are no one graph."""
+    assert "ms of a step's graph" not in text
+    writer = Writer(tmp_path, "bitnet-2b-cusparselt", GPU)
+    for name, ms in (("vllm", 2.5), ("auto", 2.3), ("cusparselt 2:8", 2.0)):
+        ratio = {} if name == "vllm" else paired("graph_over_stock", 2.5 / ms, 2.4 / ms, 2.6 / ms)
+        writer.changes[f"decode BitNet-2B-INT8 {name} M=64"] = {"graph_ms": ms} | ratio
+    writer.task(writer.plan.tasks[PREFILL + 1])
+    writer.environment()
+    render_report(writer.tree)
+    report = writer.tree.report.read_text()
+    (graphs,) = (table for table in tables(report) if table[0][0] == "ms of a step's graph")
+    assert [row[:2] for row in graphs[2:]] == [
+        ["vllm", "2.500"],
+        ["auto", "2.300 (1.09 [1.04, 1.13])"],
+        ["cusparselt 2:8", "2.000 (1.25 [1.20, 1.30])"],
+    ]
+    assert graphs[0][1] == "M=64"
+    assert [row[2] for row in graphs[2:]] == [""] * 3, "not timed there"

@@ -51,6 +51,7 @@ class FakeSession:
         self.log: Counter[str] = Counter()
         self.variant: Variant | None = None
         self.slower = 1.0
+        self.graphs: list[float] = []
         self.lost = 0
         self.fail_at = -1
         self.logits = Check("exact", "logits fine")
@@ -75,6 +76,9 @@ class FakeSession:
     def decode(self, tokens: torch.Tensor, output_len: int) -> DecodeResult:
         count = tokens.shape[0]
         steps = tuple(StepResult(count * 1e-3, count, count) for _ in range(output_len - 1))
+        if self.graphs:
+            gpu = self.graphs.pop(0)
+            steps = tuple(replace(step, graph_seconds=gpu) for step in steps)
         return DecodeResult(self.prefill_step(tokens), steps, torch.zeros(count, output_len, dtype=torch.int64))
 
     def check_logits(self, prompts: torch.Tensor) -> Check:
@@ -292,6 +296,43 @@ def test_ratios_are_of_steps_taken_in_turns(tmp_path: Path, fake: FakeEngine, mo
     assert table(run, "prefill", DENSE).iloc[0]["over_dense"] == -1
     first, second = fake.sessions
     assert all(torch.equal(a, b) for a, b in zip(first.prompts, second.prompts, strict=True)), "the same work"
+
+
+def test_graphs_of_decode_steps_are_compared_batch_by_batch(
+    tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU slows down from batch to batch: 1, 2, 4 ms in the dense engine, 0.8 of that in the sparse one. The host
+    takes 3 ms a step in both."""
+    fake.room = 2
+    genuine = FakeEngine.open
+    shown = 1e-3  # of the tokens shown after opening, in a batch of their own
+
+    def opened(self: FakeEngine, folder: Path, dtype: DType, variant: Variant, *others: Any) -> FakeSession:
+        session = genuine(self, folder, dtype, variant, *others)
+        by = 0.8 if variant == SPARSE else 1.0
+        warm_up = 7e-3
+        session.graphs = [shown, warm_up, *(by * ms * 1e-3 for ms in (1, 2, 4))]
+        return session
+
+    monkeypatch.setattr(FakeEngine, "open", opened)
+    monkeypatch.setattr(throughput, "first", lambda sides, stock: next(s for s in sides if s.variant == DENSE))
+    stopping = QUICK | {"min_samples": 3, "max_samples": 3, "cap_s": 10}
+    decode = {"m": [3], "prompt_len": 4, "output_len": 3, "stopping": stopping}
+    run = small_run(tmp_path, dtypes=["INT8"], decode=decode)
+    measure(run, "decode")
+    dense, sparse = (table(run, "decode", variant).iloc[0] for variant in (DENSE, SPARSE))
+    assert (dense["graph_ms"], dense["graph_over_stock"]) == (pytest.approx(2.0), -1)
+    assert (sparse["graph_ms"], sparse["graph_over_stock"]) == (pytest.approx(1.6), pytest.approx(1.25))
+    assert sparse["graph_over_stock_low"] == sparse["graph_over_stock_high"] == pytest.approx(1.25)
+    assert (sparse["over_stock"], sparse["step_ms"]) == (pytest.approx(1.0), pytest.approx(3.0))
+
+
+def test_graphs_that_are_not_all_known_are_not_said(tmp_path: Path, fake: FakeEngine) -> None:
+    fake.room = 2
+    fake.settings = {"graphs": [1e-3, 1e-3, 1e-3]}  # the first three batches, then -1
+    run = small_run(tmp_path, dtypes=["INT8"])
+    measure(run, "decode")
+    assert table(run, "decode", SPARSE).iloc[0]["graph_ms"] == -1
 
 
 def test_a_missing_cell_is_measured_beside_its_reference_whose_row_stays(tmp_path: Path, fake: FakeEngine) -> None:

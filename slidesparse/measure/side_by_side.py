@@ -48,6 +48,15 @@ class Measured:
     decodes: list[StepResult]
     """Of the samples' rounds, in order, lead-in left out."""
 
+    @property
+    def graphs(self) -> tuple[float, ...]:
+        """Seconds of a decode step's CUDA graph on the GPU, the median of each batch; empty where not all are known."""
+        times = [step.graph_seconds for step in self.decodes]
+        if not times or min(times) <= 0:
+            return ()
+        batch = len(times) // len(self.samples.values)
+        return tuple(median(times[first : first + batch]) for first in range(0, len(times), batch))
+
 
 @dataclass
 class _Rounds:
@@ -162,7 +171,7 @@ def figures(cell: ThroughputCell, measured: Measured) -> dict[str, Any]:
             f"check failed: steps held {sorted(counted)} tokens, a pass {prompt_tokens} prompt and {outputs} output "
             f"tokens; the cell has {cell.m}, {wanted[0]} and {wanted[1]}"
         )
-    step = samples.interval
+    step, graphs = samples.interval, measured.graphs
     seconds = Interval(*(first + steps * value for value in (step.median, step.low, step.high)))
     tokens = prompt_tokens + outputs
     rate = seconds.rate(tokens)
@@ -181,4 +190,5 @@ def figures(cell: ThroughputCell, measured: Measured) -> dict[str, Any]:
         "tokens_per_step": cell.m,
         "output_tokens_per_s": outputs / seconds.median,
         "steady_tokens_per_s": cell.m / step.median,
+        **({"graph_ms": median(graphs) * 1e3} if graphs else {}),
     }

@@ -20,8 +20,8 @@ from slidesparse.measure.book import RowBook, reason_of
 from slidesparse.measure.engines.base import Engine, Limits, engine
 from slidesparse.measure.side import Side, first
 from slidesparse.measure.side_by_side import SessionFailed, measure_cell
+from slidesparse.measure.statistics import paired_ratio
 from slidesparse.measure.telemetry import PERIOD_S, Telemetry
-from slidesparse.measure.timer import Samples, ratio
 from slidesparse.plan import Phase, Task, ThroughputCell, Variant
 from slidesparse.progress import Bar, track
 from slidesparse.run import Outcome, Run
@@ -152,10 +152,12 @@ class _Model:
                 lost = sides.pop(failure.place)
                 lost.fail(cells[lost.variant], failure.__cause__ or failure)
                 continue
-            samples = {side: part.samples for side, part in zip(sides, measured, strict=True)}
+            samples = {side: part.samples.values for side, part in zip(sides, measured, strict=True)}
+            graphs = {side: part.graphs for side, part in zip(sides, measured, strict=True) if part.graphs}
             for side, part in zip(sides, measured, strict=True):
                 if side in wanted:
                     ratios = _ratios(side, {"over_stock": stock, "over_dense": dense}, samples)
+                    ratios |= _ratios(side, {"graph_over_stock": stock}, graphs)
                     side.record(cells[side.variant], part, checks[side], watch, ratios)
             return
 
@@ -187,12 +189,12 @@ def _open(group: list[Side], runs_on: Engine, limits: Limits) -> dict[Side, Exce
     return errors
 
 
-def _ratios(side: Side, references: dict[str, Side | None], samples: dict[Side, Samples]) -> dict[str, float]:
+def _ratios(side: Side, references: dict[str, Side | None], samples: dict[Side, tuple[float, ...]]) -> dict[str, float]:
     """Columns of the paired ratios reference / side, for the references that were measured beside it."""
     columns: dict[str, float] = {}
     for name, reference in references.items():
-        if reference is not None and reference is not side and reference in samples:
-            over = ratio(samples[reference], samples[side])
+        if reference is not None and reference is not side and {reference, side} <= samples.keys():
+            over = paired_ratio(samples[reference], samples[side])
             columns |= {name: over.median, f"{name}_low": over.low, f"{name}_high": over.high}
     return columns
 

@@ -36,6 +36,8 @@ class PhaseBlock:
     performance: Table
     over_stock: Table
     """Paired ratios over the engine's own kernels."""
+    graphs: Table
+    """GPU time of a decode step's CUDA graph, and its paired ratio over the engine's own kernels."""
     ratios: Table
     """Over our dense."""
     pairing: str
@@ -135,6 +137,7 @@ def _block(view: View, phase: Phase, group: Group, frame: pd.DataFrame) -> Phase
         matrix=Table(["variant", *columns, "checked"], matrix),
         performance=Table(["tokens/s", *columns], performance),
         over_stock=_ratios(view, stock, ms),
+        graphs=_graphs(rows, variants, ms),
         ratios=_ratios(view, dense, ms, "bound on a GPU" if emulation else "bound"),
         pairing=_pairing(any(standing.stock_itself(b, s) for b, s in variants), stock, dense),
         standing=standing.standing(view, stock, dense, emulation),
@@ -160,6 +163,25 @@ def _ratios(view: View, frame: pd.DataFrame, ms: list[int], limit: str = "") -> 
         bounds = [fixed(compare.bound(sparsity), 3) if sparsity else ""] if limit else []
         rows.append([compare.label(backend, sparsity), *bounds, *(found.get(m, "") for m in ms)])
     return Table([f"against {base}", *([limit] if limit else []), *(f"M={m}" for m in ms)], rows)
+
+
+def _graphs(rows: dict[tuple[str, str, int], pd.Series], variants: list[tuple[str, str]], ms: list[int]) -> Table:
+    """Empty where no row has it: prefill, engines without graphs."""
+    lines = []
+    for backend, sparsity in variants:
+        found = [rows.get((backend, sparsity, m)) for m in ms]
+        cells = [_graph(row) if row is not None and row["status"] == "ok" else "" for row in found]
+        if any(cells):
+            lines.append([compare.label(backend, sparsity), *cells])
+    return Table(["ms of a step's graph", *(f"M={m}" for m in ms)], lines)
+
+
+def _graph(row: pd.Series) -> str:
+    if not known(row.get("graph_ms", -1.0)):
+        return ""
+    ratio = row["graph_over_stock"]
+    interval = f"[{fixed(row['graph_over_stock_low'], 2)}, {fixed(row['graph_over_stock_high'], 2)}]"
+    return significant(row["graph_ms"], 4) + (f" ({fixed(ratio, 2)} {interval})" if known(ratio) else "")
 
 
 def _pairing(has_stock: bool, stock: pd.DataFrame, dense: pd.DataFrame) -> str:

@@ -68,6 +68,8 @@ class StepResult:
     """Tokens that went into the model."""
     outputs: int
     """Tokens that came out (one a sequence)."""
+    graph_seconds: float = -1.0
+    """GPU time of the model, where it ran as one CUDA graph; -1 elsewhere."""
 
 
 @dataclass(frozen=True)

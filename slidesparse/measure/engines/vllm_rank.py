@@ -9,29 +9,34 @@ from typing import Any
 
 import torch
 
+from slidesparse.measure.engines.graph_timer import GraphTimer
 from slidesparse.tuning.store import TuningStore
 from slidesparse.vllm_plugin import linear_op, model_paths
 
-GRAPHS, KEPT = "slidesparse_graphs", "slidesparse_logits"
+GRAPHS, KEPT, TIMER = "slidesparse_graphs", "slidesparse_logits", "slidesparse_graph_timer"
 
 
 # -- graphs ------------------------------------------------------------------------------------------------
 
 
 def watch_graphs(worker: Any) -> None:
-    """From now on, keep which CUDA graph each step runs in."""
+    """From now on, keep which CUDA graph each step runs in, and time those that are one graph."""
     runner = worker.model_runner
-    dispatcher, seen = runner.cudagraph_dispatcher, {}
+    dispatcher, seen, timer = runner.cudagraph_dispatcher, {}, GraphTimer()
     genuine = dispatcher.dispatch
+    if worker.device.type == "cuda":
+        timer.install()
 
     def dispatch(num_tokens: int, *arguments: Any, **keywords: Any) -> Any:
         mode, batch = genuine(num_tokens, *arguments, **keywords)
         padded = "" if batch.num_tokens == num_tokens else f", padded to {batch.num_tokens}"
         seen[num_tokens] = f"{mode.name} CUDA graph{padded}" if mode.name != "NONE" else "no CUDA graph"
+        timer.on = mode.name == "FULL"
         return mode, batch
 
     dispatcher.dispatch = dispatch
     setattr(runner, GRAPHS, seen)
+    setattr(runner, TIMER, timer)
 
 
 def split_as_without_large_graphs(worker: Any) -> None:
@@ -54,6 +59,12 @@ def split_as_without_large_graphs(worker: Any) -> None:
 
 def forget_graphs(worker: Any) -> None:
     getattr(worker.model_runner, GRAPHS).clear()
+
+
+def graph_seconds(worker: Any) -> list[float]:
+    """GPU time of each step since the last call that was one graph, in their order."""
+    timer: GraphTimer = getattr(worker.model_runner, TIMER)
+    return timer.take()
 
 
 # -- logits ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,15 @@ class VllmWorker:
 
     def decode(self, tokens: Tokens, output_len: int) -> tuple[StepResult, list[StepResult], Tokens]:
         """Prompts [S, P] in one step, then `output_len` - 1 steps of one token a sequence; tokens [S, output_len]."""
+        self._on_ranks(vllm_rank.graph_seconds)  # of steps before
         with self._nothing_left():
             numbers = self._add(tokens, output_len)
             steps, finished = self._run()
             given = [step.outputs for step in steps]
             self._require(given == [len(tokens)] * output_len, tokens, f"a step a token, {output_len} in all", steps)
+        graphs = self._on_ranks(vllm_rank.graph_seconds)[0]
+        if len(graphs) == output_len - 1:  # else some step was none, or the prompts' was one, too: not told apart
+            steps[1:] = [replace(step, graph_seconds=own) for step, own in zip(steps[1:], graphs, strict=True)]
         by_number = {output.request_id: output.outputs[0].token_ids for output in finished}
         return steps[0], steps[1:], np.array([by_number[number] for number in numbers], dtype=np.int64)
 
