@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import pandas as pd
 from slidesparse.errors import RecordError
 from slidesparse.files import write_text
 from slidesparse.rows import FLAG_COLUMNS, TEXT_COLUMNS, Row
+
+_TRIPS = re.compile(r'[,"\n\r#]')
 
 
 def append(path: Path, rows: Iterable[Row], header: Iterable[str] = ()) -> None:
@@ -143,7 +146,7 @@ def _lines(rows: Iterable[list[str]]) -> str:
 
 def _quoted(text: str) -> str:
     """Quoted where a reader could trip. `csv` leaves \\r bare, and readers with comment='#' cut at a bare `#`."""
-    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\n\r#') else text
+    return '"' + text.replace('"', '""') + '"' if _TRIPS.search(text) else text
 
 
 def _text(value: object) -> str:
