@@ -98,15 +98,17 @@ def is_done(path: Path, row_type: type[Row], key: dict[str, object], fingerprint
 
 def done_in(frame: pd.DataFrame, key: dict[str, object], fingerprint: str | None) -> bool:
     """As `is_done`, for a table that was read before; with `fingerprint` None under whatever conditions."""
-    if frame.empty or not {*key, "fingerprint", "status"} <= set(frame.columns):
-        return False
-    match = frame
-    for name, value in key.items():
-        match = match[match[name] == value]
-    if match.empty:
-        return False
-    last = match.iloc[-1]
-    return bool(fingerprint in (None, last["fingerprint"]) and last["status"] in ("ok", "skipped"))
+    found = finished(frame, tuple(key)).get(tuple(key.values()))
+    return found is not None and fingerprint in (None, found)
+
+
+def finished(frame: pd.DataFrame, names: tuple[str, ...]) -> dict[tuple[object, ...], str]:
+    """Fingerprint of each cell whose last row is successful or skipped, by its values in the columns `names`."""
+    if frame.empty or not {*names, "fingerprint", "status"} <= set(frame.columns):
+        return {}
+    cells = zip(*(frame[name] for name in names), strict=True)
+    last = dict(zip(cells, zip(frame["fingerprint"], frame["status"], strict=True), strict=True))
+    return {cell: conditions for cell, (conditions, status) in last.items() if status in ("ok", "skipped")}
 
 
 def _parse(path: Path) -> tuple[list[str], list[str], list[list[str]]]:

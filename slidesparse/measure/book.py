@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
-import pandas as pd
-
 from slidesparse import records
 from slidesparse.errors import SlideSparseError
 from slidesparse.rows import Row
@@ -34,15 +32,17 @@ class RowBook:
 
     def __init__(self, path: Path, header: Iterable[str] = (), before: Callable[[], None] | None = None) -> None:
         self._path, self._header, self._before = path, list(header), before
-        self._frame: pd.DataFrame | None = None
+        self._finished: dict[tuple[str, ...], dict[tuple[object, ...], str]] = {}
+        """By the names of a key, which every cell of a table shares."""
         self._pending: list[Row] = []
         self._flushed = time.monotonic()
 
     def done(self, key: dict[str, object], fingerprint: str) -> bool:
         """Was the cell finished, under the same conditions, when this was first asked? Raises RecordError."""
-        if self._frame is None:
-            self._frame = records.read(self._path)
-        return records.done_in(self._frame, key, fingerprint)
+        names = tuple(key)
+        if names not in self._finished:
+            self._finished[names] = records.finished(records.read(self._path), names)
+        return self._finished[names].get(tuple(key.values())) == fingerprint
 
     def add(self, *rows: Row) -> None:
         """Take rows; write them if the last write is a second ago. Raises DiskError, RecordError."""
