@@ -15,6 +15,7 @@ from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.errors import RecordError
 from slidesparse.kernels import cpu_activations, cpu_dense, cpu_sparse
 from slidesparse.kernels.backend import Algorithm, Weight
+from slidesparse.measure import book
 from slidesparse.pattern import Sparsity
 from slidesparse.rows import TuneRow
 from slidesparse.run import Run
@@ -174,8 +175,9 @@ def test_a_lost_store_or_other_conditions_are_measured_again(tmp_path: Path) -> 
     assert search.run_task(reseeded, task(reseeded, "tune")).done_before == 0
 
 
+@pytest.mark.parametrize("flush_s", [0.0, 60.0], ids=["cell by cell", "at the end"])
 def test_winners_are_on_disk_before_the_rows_that_speak_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_s: float
 ) -> None:
     """Killed in between, a run measures some cells again; the other way round it would miss their winners for good."""
     run = small_run(tmp_path, dtypes=["INT8"])
@@ -187,6 +189,7 @@ def test_winners_are_on_disk_before_the_rows_that_speak_of_them(
         genuine(path, rows)
 
     monkeypatch.setattr(records, "append", append)
+    monkeypatch.setattr(book, "FLUSH_S", flush_s)
     assert search.run_task(run, task(run, "tune")).failed == 0
 
 

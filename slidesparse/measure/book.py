@@ -53,9 +53,10 @@ class RowBook:
     def flush(self) -> None:
         """Write now. Raises DiskError, RecordError."""
         rows, self._pending = self._pending, []
-        if rows and self._before is not None:
-            self._before()
-        records.append(self._path, rows, self._header)
+        if rows:
+            if self._before is not None:
+                self._before()
+            records.append(self._path, rows, self._header)
         self._flushed = time.monotonic()
 
     def __enter__(self) -> RowBook:
