@@ -105,7 +105,8 @@ def _busy(parts: list[Steps]) -> Table:
     for part in parts:
         first = part.variants[0]
         cells = {step.name: significant(step.busy_us, 4) for step in part.variants}
-        cells |= {s.name: f"{cells[s.name]} ({fixed(first.busy_us / s.busy_us, 2)})" for s in part.variants[1:]}
+        over = {step.name: first.busy_us / step.busy_us for step in part.variants[1:] if step.busy_us > 0}
+        cells |= {name: f"{cells[name]} ({fixed(ratio, 2)})" for name, ratio in over.items()}
         lines.append([f"{part.phase}, M={integer(part.m)}", *(cells.get(name, "") for name in names)])
     return Table(["µs of kernels", *names], lines)
 
