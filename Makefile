@@ -115,7 +115,7 @@ help: ## this list
 	      /^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@printf '\n%s\n' 'Variables (make TARGET NAME=value)'
 	@printf '  %-12s %s\n' \
-	  PROFILE 'auto (smoke without a GPU, bitnet-2b with one), smoke, bitnet-2b, paper' \
+	  PROFILE 'auto (smoke without a GPU, bitnet-2b with one), smoke, bitnet-2b, paper, or another of bench.yaml' \
 	  SOURCE 'hub, local or synthetic: overrides where the profile takes its models from' \
 	  DATA 'folder of checkpoints and reports (default: here)' \
 	  CONFIG 'bench file (default: bench.yaml)' \

@@ -37,11 +37,11 @@ MARKS = {"succeeded": "green", "failed": "red", "interrupted": "red", "skipped":
 def plan_overview(plan: Plan) -> dict[str, Any]:
     """Every task with its cells, which of them are recorded, and the time and disk expected."""
     tree = result_tree(plan)
-    table = lru_cache(maxsize=None)(records.read)
+    finished = lru_cache(maxsize=None)(lambda path, names: records.finished(records.read(path), names))
 
     def recorded(cell: Cell) -> bool:
         path, key = _place(tree, cell)
-        return records.done_in(table(path), key, None)
+        return tuple(key.values()) in finished(path, tuple(key))
 
     tasks = []
     for task in plan.tasks:

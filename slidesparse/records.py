@@ -96,10 +96,9 @@ def is_done(path: Path, row_type: type[Row], key: dict[str, object], fingerprint
     return done_in(read(path), key, fingerprint)
 
 
-def done_in(frame: pd.DataFrame, key: dict[str, object], fingerprint: str | None) -> bool:
-    """As `is_done`, for a table that was read before; with `fingerprint` None under whatever conditions."""
-    found = finished(frame, tuple(key)).get(tuple(key.values()))
-    return found is not None and fingerprint in (None, found)
+def done_in(frame: pd.DataFrame, key: dict[str, object], fingerprint: str) -> bool:
+    """As `is_done`, for a table that was read before."""
+    return finished(frame, tuple(key)).get(tuple(key.values())) == fingerprint
 
 
 def finished(frame: pd.DataFrame, names: tuple[str, ...]) -> dict[tuple[object, ...], str]:

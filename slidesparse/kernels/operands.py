@@ -63,6 +63,13 @@ def signs(codes: torch.Tensor) -> torch.Tensor:
     return codes.float().sign_().to(codes.dtype)
 
 
+def weight_source(folder: Path) -> str:
+    """`random`, or the fingerprint of the checkpoint that weights come from."""
+    from slidesparse.checkpoint.checkpoint import Checkpoint
+
+    return Checkpoint.open(folder).fingerprint() if folder.exists() else "random"
+
+
 def model_weight(folder: Path, layer: str, shape: tuple[int, int], sparsity: Sparsity | None) -> torch.Tensor:
     """Unlifted codes [N, K] of one merged linear of the first decoder block of a checkpoint of ours.
 

@@ -6,12 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from slidesparse import machine as machines
 from slidesparse import records
-from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere, VerificationError
@@ -113,7 +111,7 @@ class _Table:
         free_memory(side)
 
     def _conditions(self, cell: KernelCell) -> str:
-        self._source = self._source or _source(self._folder)
+        self._source = self._source or operands.weight_source(self._folder)
         dense = self._run.plan.profile.backends.dense[0]
         return fingerprint(cell, self._stopping, self._seed, self._source, dense, self._versions, *_own(cell.variant))
 
@@ -221,7 +219,7 @@ class _Table:
         """The winner of the same point in the dense task, if its row is there and made with the same libraries."""
         twin = replace(cell, variant=Variant(dense.name))
         frame = records.read(self._run.tree.kernel(cell.model, cell.dtype, twin.variant))
-        source = _source(self._run.plan.checkpoint_folder(cell.model, cell.dtype, twin.variant))
+        source = operands.weight_source(self._run.plan.checkpoint_folder(cell.model, cell.dtype, twin.variant))
         conditions = fingerprint(twin, self._stopping, self._seed, source, dense.name, self._versions)
         if not records.done_in(frame, _key(twin), conditions):
             return None
@@ -303,11 +301,6 @@ def _good(side: Backend, algorithm: Algorithm, check: Check) -> Check:
     if not check.ok:
         raise VerificationError(f"{side.name} {algorithm.name}: check failed: {check.text}")
     return check
-
-
-def _source(folder: Path) -> str:
-    """`random`, or the fingerprint of the checkpoint that weights come from."""
-    return Checkpoint.open(folder).fingerprint() if folder.exists() else "random"
 
 
 def _lifted(cell: KernelCell) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.config import Stopping
 from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere, VerificationError
@@ -104,7 +103,7 @@ class _Variant:
         """Raises UnsupportedHere where one of the sides cannot run."""
         for name in (self._variant.backend, self._dense):
             backend(name).require(self._run.machine, self._dtype)
-        self._source = Checkpoint.open(self._folder).fingerprint() if self._folder.exists() else "random"
+        self._source = self._source or operands.weight_source(self._folder)
         digest = self._store.digest({self._variant.backend, self._dense, "triton", "cpu"}, self._dtype)
         revisions = own_revision(self._variant.backend), backend(self._variant.backend).activations.revision
         kernels = *(revision for revision in revisions if revision), source_hash("reference_pipeline")
