@@ -250,7 +250,7 @@ class DecodeRow(ThroughputRow):
     elapsed_time_s: float = UNMEASURED
     graph_ms: float = UNMEASURED
     """GPU time of a step's CUDA graph, which is the whole model but for logits and sampling: what is left of a step
-    when the host is fast enough. Median over the batches of their medians."""
+    when the host is fast enough. Median over blocks of 32 steps of their medians."""
     graph_over_stock: float = UNMEASURED
     """Median of the paired ratios of that time: the engine's own kernels / this row's."""
     graph_over_stock_low: float = UNMEASURED

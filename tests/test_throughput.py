@@ -21,7 +21,9 @@ from slidesparse.errors import CheckpointError, DiskError
 from slidesparse.kernels.verify import Check
 from slidesparse.measure import throughput
 from slidesparse.measure.engines.base import DecodeResult, Limits, StepResult
+from slidesparse.measure.side_by_side import Measured
 from slidesparse.measure.step_profile import KernelTime, StepProfile
+from slidesparse.measure.timer import Samples
 from slidesparse.pattern import Sparsity
 from slidesparse.plan import Phase, Variant
 from slidesparse.run import Outcome, Run
@@ -325,6 +327,14 @@ def test_graphs_of_decode_steps_are_compared_batch_by_batch(
     assert (sparse["graph_ms"], sparse["graph_over_stock"]) == (pytest.approx(1.6), pytest.approx(1.25))
     assert sparse["graph_over_stock_low"] == sparse["graph_over_stock_high"] == pytest.approx(1.25)
     assert (sparse["over_stock"], sparse["step_ms"]) == (pytest.approx(1.0), pytest.approx(3.0))
+
+
+def test_a_sample_of_graph_time_is_a_block_of_a_batch() -> None:
+    """Two batches of 70 steps: blocks of 32, 32 and 6, none over the end of a batch."""
+    batches = [[1.0] * 32 + [2.0] * 32 + [3.0] * 6, [4.0] * 32 + [5.0] * 32 + [6.0] * 6]
+    steps = [StepResult(9.0, 64, 64, graph_seconds=seconds) for batch in batches for seconds in batch]
+    measured = Measured(Samples((9.0, 9.0), "time cap", 0.0, 1.0), [], steps)
+    assert measured.graphs == (1, 2, 3, 4, 5, 6)
 
 
 def test_graphs_that_are_not_all_known_are_not_said(tmp_path: Path, fake: FakeEngine) -> None:

@@ -28,6 +28,9 @@ BURST = 16
 """Most steps of a prefill sample."""
 WARMUP_OUTPUTS = 16
 """Tokens a sequence of a decode batch that only warms up."""
+GRAPH_BLOCK = 32
+"""Decode steps whose graphs make one sample of GPU time. Pairs are of blocks at the same place in their batches, so of the
+same context length; a batch takes seconds, and so few of them would have no interval."""
 
 
 class SessionFailed(Exception):
@@ -50,12 +53,14 @@ class Measured:
 
     @property
     def graphs(self) -> tuple[float, ...]:
-        """Seconds of a decode step's CUDA graph on the GPU, the median of each batch; empty where not all are known."""
+        """Seconds of a decode step's CUDA graph on the GPU, the median of each block of a batch; empty where not all are
+        known."""
         times = [step.graph_seconds for step in self.decodes]
         if not times or min(times) <= 0:
             return ()
-        batch = len(times) // len(self.samples.values)
-        return tuple(median(times[first : first + batch]) for first in range(0, len(times), batch))
+        length = len(times) // len(self.samples.values)
+        batches = (times[first : first + length] for first in range(0, len(times), length))
+        return tuple(median(batch[i : i + GRAPH_BLOCK]) for batch in batches for i in range(0, length, GRAPH_BLOCK))
 
 
 @dataclass
