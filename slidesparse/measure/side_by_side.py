@@ -29,8 +29,8 @@ BURST = 16
 WARMUP_OUTPUTS = 16
 """Tokens a sequence of a decode batch that only warms up."""
 GRAPH_BLOCK = 32
-"""Decode steps whose graphs make one sample of GPU time. Pairs are of blocks at the same place in their batches, so of the
-same context length; a batch takes seconds, and so few of them would have no interval."""
+"""Decode steps whose graphs make one sample of GPU time. Pairs are of blocks at the same place in their batches, so of
+the same context length; a batch takes seconds, and so few of them would have no interval."""
 
 
 class SessionFailed(Exception):
@@ -53,8 +53,8 @@ class Measured:
 
     @property
     def graphs(self) -> tuple[float, ...]:
-        """Seconds of a decode step's CUDA graph on the GPU, the median of each block of a batch; empty where not all are
-        known."""
+        """Seconds of a decode step's CUDA graph on the GPU, the median of each block of a batch; empty where one is
+        not known."""
         times = [step.graph_seconds for step in self.decodes]
         if not times or min(times) <= 0:
             return ()
