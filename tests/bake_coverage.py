@@ -64,13 +64,21 @@ def reference(m: int, n: int, k: int, dtype: DType, sparsity: Sparsity | None) -
     assert seen(lambda: launches.reference(dtype, [sparsity], [n], [k], (m,))) <= baked
 
 
+@FEW
+@given(TOKENS, st.integers(1, 64), st.integers(1, 16), st.sampled_from((32, 64, 128, 256)))
+def rope(m: int, heads: int, kv_heads: int, head: int) -> None:
+    baked = seen(lambda: launches.rope(heads, kv_heads, head))
+    assert seen(lambda: launches.rope(heads, kv_heads, head, (m,))) <= baked
+
+
 def every_kernel() -> None:
     """Whatever is launched anywhere in the package is launched by the reference profile, but for one: the reference's
     pipeline runs around sparse GEMMs only, so that its plain quantisation is never needed."""
     sources = {path.stem: path.read_text() for path in (ROOT / "slidesparse").rglob("*.py")}
-    kernels = {(stem, name) for stem, text in sources.items() for name in re.findall(r"@triton\.jit\ndef (\w+)", text)}
+    jit = re.compile(r"@triton\.jit(?:\(.*\))?\ndef (\w+)")
+    kernels = {(stem, name) for stem, text in sources.items() for name in jit.findall(text)}
     launched = {(stem, name) for stem, name in kernels if re.search(rf"\b{name}\[[^\]]+\]\(", sources[stem])}
-    assert len(launched) == 7, launched
+    assert len(launched) == 8, launched
     found = profile("bitnet-2b", 90)
     names = {(one.module.rpartition(".")[2], one.name) for one in found}
     assert names == launched - {("reference_pipeline", "_quantise")}
@@ -116,6 +124,6 @@ def profile(name: str, architecture: int) -> tuple[Specialisation, ...]:
 
 
 if __name__ == "__main__":
-    for check in (quantise, norm, dequantise, reference, every_kernel, keys_depend_on_no_order, profiles):
+    for check in (quantise, norm, dequantise, rope, reference, every_kernel, keys_depend_on_no_order, profiles):
         check()
         print("ok", check.__name__, flush=True)

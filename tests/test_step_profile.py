@@ -96,11 +96,13 @@ NAMES = {
     "Memcpy HtoD (Pinned -> Device)": c.REST,
     "Memset (Device)": c.REST,
 }  # fmt: skip
+LAUNCH = r"\b(_\w+)\[(?:\([^]]*|\w+)\]\("
 OURS = {
     "triton_activations": {"_quantise_lift": c.QUANTISE},
     "triton_bitnet": {"_norm_quantise_lift": c.FUSED},
     "triton_dequantise": {"_dequantise_bias": c.DEQUANTISE},
     "triton_copy": {"_copy": c.REST},
+    "triton_rope": {"_rope_and_cache": c.CACHE},
 }
 
 
@@ -113,10 +115,10 @@ def test_a_kernel_is_told_by_its_name(name: str) -> None:
 
 
 def test_every_kernel_of_ours_is_known() -> None:
-    """Functions that a launch names: those with a subscript, `_kernel[(grid,)]`, in our Triton files."""
+    """Functions that a launch names, `_kernel[(m,)](` or `_kernel[grid](`, in our Triton files."""
     folder = Path(c.__file__).parents[1] / "kernels"
     found = {
-        path.stem: {name: c.category_of(name) for name in re.findall(r"(\w+)\[\(", path.read_text("utf-8"))}
+        path.stem: {name: c.category_of(name) for name in re.findall(LAUNCH, path.read_text("utf-8"))}
         for path in folder.glob("triton_*.py")
     }
     assert {stem: names for stem, names in found.items() if names} == OURS

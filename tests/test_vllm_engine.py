@@ -102,9 +102,9 @@ def test_the_cache_of_a_model_is_two_vectors_a_layer_and_head() -> None:
     """BitNet-2B: 30 layers, 5 heads of 128, keys and values, bfloat16: 76,800 bytes a token."""
     per_token = 30 * 5 * 128 * 2 * 2
     assert memory.cache_bytes(BITNET_2B, REFERENCE_RUN) == memory.blocks(REFERENCE_RUN) * 16 * per_token
-    halved = replace(REFERENCE_RUN, tensor_parallel=2)
-    assert memory.cache_bytes(BITNET_2B, halved) == memory.cache_bytes(BITNET_2B, REFERENCE_RUN) // 5 * 2
-    assert memory.cache_bytes(BITNET_2B, replace(REFERENCE_RUN, tensor_parallel=8)) > 0, "a head is not cut"
+    whole = memory.cache_bytes(BITNET_2B, REFERENCE_RUN)
+    for ranks, held in ((5, 1), (10, 1), (2, 5), (4, 5)):  # on 2 and 4 ranks, heads stand several times
+        assert memory.cache_bytes(BITNET_2B, replace(REFERENCE_RUN, tensor_parallel=ranks)) == whole // 5 * held
 
 
 def test_the_estimate_grows_with_what_it_is_made_of() -> None:
@@ -139,6 +139,14 @@ def test_arguments_of_the_engine() -> None:
     assert told["max_model_len"] == 1025
     assert told["enable_prefix_caching"] is False
     json.dumps(told)
+
+
+def test_heads_that_the_ranks_cannot_share_are_repeated_for_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeCheckpoint, "config", BITNET | {"num_attention_heads": 20, "num_key_value_heads": 5})
+    for variant in (Variant("vllm"), Variant("fused", Sparsity(8))):
+        told = arguments(variant, asked=replace(REFERENCE_RUN, tensor_parallel=2))
+        assert told["hf_overrides"] == {"num_key_value_heads": 10}
+    assert "hf_overrides" not in arguments(Variant("vllm"))
 
 
 def test_stock_kernels_get_no_settings_of_ours() -> None:

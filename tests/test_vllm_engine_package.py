@@ -214,7 +214,8 @@ def test_path_and_times(sessions: Sessions) -> None:
     session.prefill_steps(prompts(2, 16)[None])[0]
     path = session.path()
     for part in (
-        "vLLM 0.24", "BitNetForCausalLM", "V1 model runner", "M=32: no CUDA graph", "attention CPU_ATTN",
+        "vLLM 0.24", "BitNetForCausalLM", "V1 model runner", "M=32: no CUDA graph",
+        "attention CPU_ATTN, rotary and KV-cache write in one kernel",
         "SlideSparseFp8Kernel", "cusparselt 2:8 FP8E4M3 128x192: M=32: gate_norm_quantise_lift",
     ):  # fmt: skip
         assert part in path, path

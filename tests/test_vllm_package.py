@@ -30,6 +30,8 @@ pytestmark = [
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 """Divisible by two ranks; 64 and 96 columns a rank are whole groups of 8, not of 6."""
+ODD_HEADS = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 3}
+"""KV heads that two ranks can only share once each stands twice, as BitNet-2B's 5: 4 query heads each, then 2."""
 FUNCTION_BOUND = 1e-5
 """float32 logits of two implementations that add in another order."""
 LOGITS_BOUND = {"INT8": 0.06, "FP8": 0.15}
@@ -49,6 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not run_convert(run).failed
     assert not run_prepare(model_run(root / "qwen2", QWEN2 | SIZES)).failed
     (root / "qwen2/checkpoints/Tiny-INT8").rename(root / "checkpoints/Qwen-INT8")
+    assert not run_prepare(model_run(root / "odd", BITNET | SIZES | ODD_HEADS)).failed
+    (root / "odd/checkpoints/Tiny-INT8").rename(root / "checkpoints/Odd-INT8")
     for name in ("INT8", "FP8"):
         config = json.loads((root / f"checkpoints/Tiny-{name}/config.json").read_text())
         activations = config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
@@ -251,6 +255,16 @@ def test_two_ranks_give_the_model_of_one(ranks: list[dict[str, Any]]) -> None:
             assert of["lifted"], f"{name}: a rank holds its own columns, lifted"
 
 
+def test_kv_heads_that_two_ranks_cannot_share_are_repeated(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = value(rank, "odd_heads")
+        assert found["distance"] < LOGITS_BOUND["INT8"]
+        assert found["qkv"] == [(6 + 3 + 3) * 16, 192], "6 query heads and 3 KV heads a rank"
+        assert found["refused"].startswith("ConfigError: ")
+        assert "3 KV heads on 2 ranks have to stand 2 times each" in found["refused"]
+        assert """--hf-overrides '{"num_key_value_heads": 6}'""" in found["refused"]
+
+
 def test_a_sub_norm_over_two_ranks_is_the_norm_of_the_whole_row(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert value(rank, "sub_norm") < 1e-5
@@ -261,6 +275,15 @@ def test_the_model_is_one_graph_for_every_m(alone: dict[str, Any]) -> None:
     assert found["same"] == [True] * 3
     per_graph = {"norm_linear": 1 + 2, "add_norm_linear": 1 + 2, "gate_norm_linear": 2}
     assert found["operators of each graph"] == [per_graph], "one graph; qkv of the first layer has nothing to add"
+
+
+def test_graphs_are_cut_at_attention_with_its_rotary_embedding(alone: dict[str, Any]) -> None:
+    """What reads this step's slots and cache is in no graph of its own."""
+    between = ["norm_linear", "add_norm_linear", "gate_norm_linear"]
+    attention = ["rope_attention"]
+    assert value(alone, "cuts") == [
+        ["norm_linear"], attention, [*between, "add_norm_linear"], attention, between
+    ]  # fmt: skip
 
 
 def test_on_two_ranks_sub_norms_stay_apart_and_the_paths_say_so(ranks: list[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from slidesparse.plan import Variant
 from slidesparse.vllm_plugin import register, versions
 from slidesparse.vllm_plugin.buckets import bucket
 from slidesparse.vllm_plugin.settings import select
-from slidesparse.vllm_plugin.shards import require_whole_groups
+from slidesparse.vllm_plugin.shards import kv_heads_of_rank, require_whole_groups, shared_kv_heads
 
 PATTERNS = [Sparsity(length) for length in range(4, 17, 2)]
 
@@ -213,6 +213,30 @@ def test_a_cut_through_a_group_is_refused_with_layer_and_sizes(k: int, ranks: in
     assert str(sparsity) in text
     for other in text[text.rindex("(") + 1 : -1].split(", "):
         require_whole_groups("x", k, k // ranks, Sparsity.parse(other))
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 12))
+def test_every_rank_has_the_kv_head_that_each_of_its_query_heads_reads(kv_heads: int, group: int, ranks: int) -> None:
+    """Query head h of H reads KV head h * kv // H: with the heads repeated and cut as vLLM cuts them, on every rank."""
+    heads = kv_heads * group
+    totals = [total for total in range(kv_heads, heads + 1, kv_heads) if heads % total == 0]
+    if heads % ranks or all(total % ranks and ranks % total for total in totals):
+        with pytest.raises(CheckpointError, match=f"{heads} query heads over {kv_heads} KV heads cannot be shared"):
+            shared_kv_heads(heads, kv_heads, ranks)
+        return
+    shared = shared_kv_heads(heads, kv_heads, ranks)
+    own, held = heads // ranks, kv_heads_of_rank(heads, kv_heads, ranks)
+    repeated = np.repeat(np.arange(kv_heads), shared // kv_heads)
+    copies = max(1, ranks // shared)  # vLLM's own: several ranks hold the same head
+    for rank in range(ranks):
+        here = repeated[rank // copies * held :][:held]
+        read = [here[head * held // own] for head in range(own)]
+        assert read == [(rank * own + head) * kv_heads // heads for head in range(own)]
+
+
+@pytest.mark.parametrize(("ranks", "shared"), [(1, 5), (2, 10), (4, 20), (5, 5), (10, 5), (20, 5)])
+def test_kv_heads_of_bitnet_2b(ranks: int, shared: int) -> None:
+    assert shared_kv_heads(20, 5, ranks) == shared
 
 
 @given(st.sampled_from(PATTERNS), st.sampled_from([2, 4]), st.integers(1, 4), st.integers(0, 999))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from slidesparse.kernels import rope_reference
 from slidesparse.measure.engines.vllm_worker import VllmWorker
 from slidesparse.plan import Variant
 
@@ -22,6 +23,8 @@ class CpuWorker(VllmWorker):
         _operators()
         _attention()
         _doubles()
+        if variant.sparsity is not None:  # the others have vLLM's own rotary embedding and cache
+            _one_pass()
         eager = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}
         super().__init__(arguments | eager, variant, opened)
 
@@ -55,15 +58,42 @@ def _doubles() -> None:
     from vllm.model_executor.kernels import linear as registry
     from vllm.platforms import PlatformEnum
 
-    from slidesparse.kernels import backend as backends
-    from slidesparse.measure.engines import vllm_rank
     from slidesparse.vllm_plugin.register import register
 
     vllm_on_cpu.use_doubles()
-    vllm_rank.backend = lambda name: vllm_on_cpu.DOUBLES.get(name) or backends.backend(name)  # type: ignore
     register()
     for kernels in (registry._POSSIBLE_INT8_KERNELS, registry._POSSIBLE_FP8_KERNELS):
         kernels[PlatformEnum.CPU] = kernels[PlatformEnum.CUDA]  # ours are registered for CUDA
+
+
+def _one_pass() -> None:
+    from vllm import _custom_ops as ops
+
+    from slidesparse.vllm_plugin import rope_attention
+
+    rope_attention.BACKENDS = ("CPU_ATTN",)
+    rope_attention.RopeAndCache = _RopeAndCache  # type: ignore[assignment, misc]
+    rope_attention._keys_and_values = _pages  # type: ignore[assignment]
+    ops.cpu_attn_reshape_and_cache = lambda *_, **__: None  # attention here would write k once more, as it was given
+
+
+class _RopeAndCache:
+    """`triton_rope.RopeAndCache` by the reference."""
+
+    def __init__(self, heads: int, cos_sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.pages = keys.data_ptr()
+        self._where = cos_sin, heads, keys, values
+
+    def __call__(self, qkv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return rope_reference.rope_and_cache(qkv, positions, *self._where, slots)
+
+
+def _pages(cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """CPU_ATTN's [pages, kv_heads, P, 2 D], of which keys have the first half of every head's memory -> both halves,
+    [pages, P, kv_heads, D]."""
+    pages, kv_heads, size, width = cache.shape
+    halves = cache.view(pages, kv_heads, 2 * size, width // 2).chunk(2, dim=2)
+    return tuple(half.transpose(1, 2) for half in halves)
 
 
 def _operators() -> None:

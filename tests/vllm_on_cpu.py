@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from gemm_doubles import CutlassDouble, Double, scaled_product
 from small_runs import MACHINE
@@ -26,7 +27,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from slidesparse.kernels import backend as backends
 from slidesparse.kernels import cutlass, linear
 from slidesparse.kernels.backend import Backend
-from slidesparse.vllm_plugin import auto, linear_kernels
+from slidesparse.vllm_plugin import auto, linear_kernels, rope_attention
 
 DOUBLES: dict[str, Backend] = {
     "cublaslt": Double("cublaslt", False), "cusparselt": Double("cusparselt", True), "cutlass": CutlassDouble()
@@ -80,6 +81,7 @@ def load(config: VllmConfig, weights: bool = True) -> Any:
         if hasattr(module, "self_attn"):
             a = module.self_attn
             a.attn = CausalAttention(a.num_heads, a.num_kv_heads, a.head_dim)
+            a.one_pass = False  # there is no cache
     return model
 
 
@@ -111,6 +113,36 @@ def compiled(config: VllmConfig, model: Any, prompts: list[torch.Tensor]) -> dic
             torch._dynamo.mark_dynamic(positions, 0)
             same.append(torch.equal(whole(ids, positions), expected))
     return {"same": same, "operators of each graph": calls}
+
+
+def cuts(config: VllmConfig, model: Any) -> list[list[str]]:
+    """How vLLM cuts a decoder's graph whose rotary embedding and cache write are ours: the operators of each part."""
+    from vllm.compilation.backends import split_graph
+
+    for number, layer in enumerate(model.layers):
+        a = layer.self_attn
+        a.one_pass = True
+        vars(a.attn).update(num_heads=a.num_heads, head_size=a.head_dim, layer_name=f"layer {number}")
+    parts = []
+
+    def cut(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        for part in split_graph(graph, config.compilation_config.splitting_ops)[1]:
+            nodes = [str(node.target) for node in part.graph.graph.nodes if node.op == "call_function"]
+            parts.append([name.split(".")[1] for name in nodes if name.startswith("slidesparse.")])
+        raise _Seen
+
+    config.compilation_config.splitting_ops = ["vllm::unified_attention_with_output"]
+    rope_attention.split_at_attention(config)
+    rope_attention.split_at_attention(config)
+    tokens = torch.arange(7)
+    torch._dynamo.mark_dynamic(tokens, 0)
+    with building(config), torch.inference_mode(), pytest.raises(Exception, match="_Seen"):
+        torch.compile(lambda ids, positions: model(ids, positions, None), fullgraph=True, backend=cut)(tokens, tokens)
+    return parts
+
+
+class _Seen(Exception):
+    pass
 
 
 def start(folder: Path, rank: int, ranks: int) -> None:

@@ -23,7 +23,9 @@ from vllm_checks import TOKENS, distance, fault, merged, outcome, tokens
 from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.kernels import operands
 from slidesparse.measure.engines.model import reference_model
+from slidesparse.measure.engines.vllm_memory import Widths
 from slidesparse.vllm_plugin import linear_op
+from slidesparse.vllm_plugin.shards import shared_kv_heads
 
 
 class Ranks:
@@ -64,6 +66,25 @@ class Ranks:
             }  # fmt: skip
         return out
 
+    def odd_heads(self) -> dict[str, Any]:
+        """KV heads that the ranks do not divide: as the engine asks for them, and as `vllm serve` would."""
+        place = self.folder / "checkpoints/Odd-INT8"
+        backend = {"backend": "cublaslt"}
+        checkpoint = Checkpoint.open(place)
+        widths = Widths.of(checkpoint.config)
+        shared = {"num_key_value_heads": shared_kv_heads(widths.heads, widths.kv_heads, 2)}
+        config = vllm_on_cpu.configure(place, backend, tensor_parallel_size=2, hf_overrides=shared)
+        model = vllm_on_cpu.load(config)
+        found = vllm_on_cpu.logits(config, model, tokens())
+        reference = reference_model(checkpoint, torch.bfloat16)
+        expected = reference(input_ids=tokens()[None], use_cache=False).logits[0].float()
+        plain = vllm_on_cpu.configure(place, backend, tensor_parallel_size=2)
+        return {
+            "distance": distance(found, expected),
+            "qkv": list(model.get_submodule("model.layers.0.self_attn.qkv_proj").weight.shape),
+            "refused": fault(lambda: vllm_on_cpu.load(plain)),
+        }
+
     def _lifted(self, place: str, held: torch.Tensor) -> bool:
         """Whether down_proj holds its own columns, lifted."""
         checkpoint = Checkpoint.open(self.folder / place)
@@ -83,6 +104,11 @@ class Ranks:
         vllm_on_cpu.logits(config, model, tokens())
         return found | {"ran": linear_op.paths()}
 
+    def cuts(self) -> list[list[str]]:
+        place = self.folder / "checkpoints_slidesparse/Tiny-INT8-SlideSparse-2_8"
+        config = vllm_on_cpu.configure(place, None)
+        return vllm_on_cpu.cuts(config, vllm_on_cpu.load(config).model)
+
     def cut(self) -> str:
         """2:6 groups of 64 columns a rank."""
         place = self.folder / "checkpoints_slidesparse/Tiny-INT8-SlideSparse-2_6"
@@ -96,7 +122,7 @@ def main(folder: Path, rank: int, ranks: int) -> dict[str, object]:
         kernels[PlatformEnum.CPU] = kernels[PlatformEnum.CUDA]  # ours are registered for CUDA
     vllm_on_cpu.start(folder, rank, ranks)
     s = Ranks(folder, rank, ranks)
-    scenarios = (s.compiled,) if ranks == 1 else (s.sub_norm, s.models, s.compiled, s.cut)
+    scenarios = (s.compiled, s.cuts) if ranks == 1 else (s.sub_norm, s.models, s.odd_heads, s.compiled, s.cut)
     return {scenario.__name__: outcome(scenario) for scenario in scenarios}
 
 

@@ -14,12 +14,13 @@ import torch
 
 from slidesparse.config import Model
 from slidesparse.dtypes import DType
-from slidesparse.kernels import reference_pipeline, triton_copy
+from slidesparse.kernels import reference_pipeline, triton_copy, triton_rope
 from slidesparse.kernels.backend import ActivationOperation, backend
 from slidesparse.kernels.bitnet_reference import BitNetOperation
 from slidesparse.kernels.gpu import FP8_CAPABILITY, output
 from slidesparse.kernels.gpu_activations import TritonActivations
 from slidesparse.kernels.triton_dequantise import DEQUANTISE_LAUNCHES
+from slidesparse.measure.engines.vllm_memory import BLOCK, Widths
 from slidesparse.pattern import Sparsity, align
 from slidesparse.plan import SPLIT_BY_RANKS, KernelCell, LinearCell, Plan, TuneCell
 from slidesparse.tuning.candidates import EPS, FUSED
@@ -65,6 +66,9 @@ def _launch_model(plan: Plan, model: Model, name: str, dtype: DType) -> None:
         norm_and_quantise(before, dtype, sparsity, k)
     for n in sorted(rows):
         dequantise(output(dtype), n, _biases(plan, model))
+    if plan.profile.engine == "vllm" and model.config["model_type"] == "bitnet":
+        widths, ranks = Widths.of(model.config), plan.profile.vllm.tensor_parallel_size
+        rope(widths.heads // ranks, widths.kv_heads_of_rank(ranks), widths.head_dim)
     if linear:
         reference(dtype, sorted(linear, key=str), sorted(rows), sorted(columns))
 
@@ -100,6 +104,16 @@ def dequantise(
         vector = None if bias is None else _empty(n, dtype=bias)
         scales = (_empty(m, 1, dtype=torch.float32), _empty(n, 1, dtype=torch.float32))
         kernels.dequantise_bias(_empty(m, n, dtype=acc), *scales, vector, torch.bfloat16, algorithm)
+
+
+def rope(heads: int, kv_heads: int, head: int, tokens: Iterable[int] | None = None) -> None:
+    """Rotary embedding and KV-cache write of an attention layer, pages as the engine's. `tokens` as above."""
+    keys, values = _empty(2, 2, BLOCK, kv_heads, head, dtype=torch.bfloat16).unbind(1)
+    angles = _empty(64, head, dtype=torch.bfloat16)
+    for m in (1, triton_rope.FEW) if tokens is None else tokens:
+        qkv = _empty(m, (heads + 2 * kv_heads) * head, dtype=torch.bfloat16)
+        places = _empty(m, dtype=torch.int64)
+        triton_rope.rope_and_cache(qkv, places, angles, heads, keys, values, places)
 
 
 def reference(

@@ -39,6 +39,18 @@ class LostContexts:
             raise RecordError(f"{path}: not a list of lost contexts; move it aside")
         return cls(path, entries, versions)
 
+    def take(self, other: LostContexts) -> bool:
+        """Add what another list bars and this one does not; `save` writes it. False if there was nothing."""
+        known = [_barred(entry) for entry in self._entries]
+        added = [entry for entry in other._entries if _barred(entry) not in known]
+        self._entries = [*self._entries, *added]
+        return bool(added)
+
+    def save(self) -> None:
+        """Write the file whole, if there is to be one. Raises DiskError."""
+        if self._path is not None:
+            files.write_json(self._path, self._entries)
+
     def barred(self, side: Backend, dtype: DType) -> frozenset[str]:
         """Names of algorithms that must not be run."""
         wanted = {"backend": side.name, "dtype": dtype.value, "versions": self._versions}
@@ -57,8 +69,7 @@ class LostContexts:
             text = " ".join(str(error).split())[:200]
             entry = {"backend": side.name, "dtype": dtype.value, "algorithm": algorithm, "versions": self._versions}
             self._entries.append(entry | {"error": text})
-            if self._path is not None:
-                files.write_json(self._path, self._entries)
+            self.save()
             raise ContextLost(
                 f"{side.name} {dtype.value} algorithm {algorithm} crashed the GPU context: {text}"
             ) from None
@@ -73,6 +84,11 @@ class LostContexts:
             raise SlideSparseError("crashed the GPU context in an earlier run with these library versions")
         with self.guard(side, dtype, cell):
             yield
+
+
+def _barred(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry but for the words of its error."""
+    return {name: entry.get(name) for name in ("backend", "dtype", "algorithm", "versions")}
 
 
 def settle(side: Backend) -> None:

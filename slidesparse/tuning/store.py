@@ -98,6 +98,14 @@ class TuningStore:
         """Add or replace one entry; `save` writes it."""
         self._winners[winner.key] = winner
 
+    def take(self, other: TuningStore) -> bool:
+        """Add the entries of another store; of two with the same key the later one stays. False if nothing changed."""
+        before = dict(self._winners)
+        for key, winner in other._winners.items():
+            if key not in before or before[key].time_utc < winner.time_utc:
+                self._winners[key] = winner
+        return self._winners != before
+
     def save(self) -> None:
         """Write the file whole. Raises DiskError."""
         winners = [asdict(winner) for winner in self._winners.values()]

@@ -4,12 +4,15 @@
     h += down_proj(ffn_sub_norm(relu(gate_proj(n))**2 * up_proj(n)))        n = norm(h)
 
 With vLLM's own linears (backend `vllm`) every operation is vLLM's. With ours, each linear is one operator with all that
-stands between it and the one before, attention aside:
+stands between it and the one before, and attention is one with what is before it:
 
-    add + norm + quantise (+ lift) > qkv     norm + quantise (+ lift) > o
-    add + norm + quantise (+ lift) > gate_up     squared-ReLU gate + norm + quantise (+ lift) > down
+    add + norm + quantise (+ lift) > qkv        rotary + KV-cache write > attention
+    norm + quantise (+ lift) > o
+    add + norm + quantise (+ lift) > gate_up    squared-ReLU gate + norm + quantise (+ lift) > down
 
-On several ranks o and down keep their norms apart, because those need the other ranks' squares.
+On several ranks o and down keep their norms apart, because those need the other ranks' squares, and KV heads that the
+ranks cannot share evenly stand several times (`shards.shared_kv_heads`): vLLM has to be told that there are more
+(`hf_overrides`), and the checkpoint's are repeated as they are loaded.
 
 The model function of `transformers` (`BitNetForCausalLM`); the linears carry no bias, their weights are ternary codes
 with a scale, which is the business of the checkpoint's quantisation, not of this file.
@@ -17,11 +20,12 @@ with a scale, which is the business of the checkpoint's quantisation, not of thi
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.activation import ReLUSquaredActivation
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -35,6 +39,8 @@ from slidesparse.errors import CheckpointError, ConfigError
 from slidesparse.vllm_plugin.fused import BEFORE, add_norm_linear, gate_norm_linear, norm_linear
 from slidesparse.vllm_plugin.linear_kernels import selection
 from slidesparse.vllm_plugin.model_paths import require_ours
+from slidesparse.vllm_plugin.rope_attention import rope_attention, runs_on, split_at_attention
+from slidesparse.vllm_plugin.shards import shared_kv_heads
 
 ACTIVATION = "relu2"
 
@@ -105,7 +111,10 @@ class BitNetMLP(nn.Module):
 
 
 class BitNetAttention(LlamaAttention):
-    """Llama's attention with a norm between it and o_proj."""
+    """Llama's attention with a norm between it and o_proj.
+
+    `one_pass`: rotary embedding and KV-cache write are one kernel of ours.
+    """
 
     def __init__(self, config: Any, hidden_size: int, num_heads: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, hidden_size, num_heads, *args, **kwargs)
@@ -113,15 +122,22 @@ class BitNetAttention(LlamaAttention):
         self.fused = fuses_sub_norms()
         if self.fused:
             setattr(self.o_proj, BEFORE, "norm")
+        current = get_current_vllm_config()
+        self.one_pass = runs_on_ours() and runs_on(self.attn, self.rotary_emb, current)
+        if self.one_pass:
+            split_at_attention(current)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.from_qkv(positions, self.qkv_proj(hidden_states)[0])
 
     def from_qkv(self, positions: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         """positions [M], [M, q + 2 kv] -> [M, hidden]: all but the first linear."""
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k = self.rotary_emb(positions, q, k)
-        attended = self.attn(q, k, v)
+        if self.one_pass:
+            attended = rope_attention(qkv, positions, self.attn, self.rotary_emb)
+        else:
+            q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+            q, k = self.rotary_emb(positions, q, k)
+            attended = self.attn(q, k, v)
         if self.fused:
             return norm_linear(self.attn_sub_norm, attended, self.o_proj)
         out: torch.Tensor = self.o_proj(self.attn_sub_norm(attended))[0]
@@ -188,6 +204,46 @@ class BitNetForCausalLM(LlamaForCausalLM):
             )
         if runs_on_ours() and vllm_config.lora_config is not None:
             raise ConfigError(f"{config.model}: our linears take no LoRA; leave it out, or choose backend vllm")
+        _require_shared_heads(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BitNetDecoderLayer)
         if runs_on_ours():
             require_ours(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded: set[str] = super().load_weights(_repeated(weights, self.config))
+        return loaded
+
+
+def _require_shared_heads(config: Any) -> None:
+    """vLLM's own answer to heads that the ranks cannot share is an assertion without a word."""
+    heads, kv_heads = config.hf_config.num_attention_heads, config.hf_config.num_key_value_heads
+    ranks = get_tensor_model_parallel_world_size()
+    shared = shared_kv_heads(heads, kv_heads, ranks)
+    if shared != kv_heads:
+        raise ConfigError(
+            f"{config.model}: {kv_heads} KV heads on {ranks} ranks have to stand {shared // kv_heads} times each: "
+            f"--hf-overrides '{{\"num_key_value_heads\": {shared}}}'"
+        )
+
+
+def _repeated(weights: Iterable[tuple[str, torch.Tensor]], config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """k_proj and v_proj [checkpoint's KV heads * D, .] -> [those of the config * D, .], each head several times.
+
+    A query head h of H reads KV head h * kv // H, so repeats of one head lie side by side.
+
+    Raises:
+        CheckpointError: the config's number is no multiple of the checkpoint's.
+    """
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rows = config.num_key_value_heads * head
+    for name, tensor in weights:
+        if (".k_proj." in name or ".v_proj." in name) and tensor.dim() and tensor.shape[0] != rows:
+            held = tensor.shape[0] // head
+            if tensor.shape[0] % head or config.num_key_value_heads % held:
+                raise CheckpointError(
+                    f"{name}: {tensor.shape[0]} rows are not {config.num_key_value_heads} KV heads of {head}, nor can "
+                    f"heads be repeated to be that many"
+                )
+            by_head = tensor.unflatten(0, (held, head))
+            tensor = by_head.repeat_interleave(config.num_key_value_heads // held, dim=0).flatten(0, 1)
+        yield name, tensor

@@ -18,6 +18,12 @@ def linear_kernels(model: nn.Module) -> dict[str, str]:
     return {name: _kernel_of(module) for name, module in model.named_modules() if isinstance(module, LinearBase)}
 
 
+def before_attention(model: nn.Module) -> str:
+    """What rotates q and k and writes the KV cache."""
+    one_pass = any(getattr(module, "one_pass", False) for module in model.modules())
+    return "rotary and KV-cache write in one kernel" if one_pass else "vLLM's rotary and KV-cache write"
+
+
 def paths_that_ran(model: nn.Module) -> dict[str, dict[str, int]]:
     """`linear_op.paths` of the process that holds the model: kind -> `M=bucket: algorithms` -> calls."""
     return linear_op.paths()

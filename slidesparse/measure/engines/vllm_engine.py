@@ -19,6 +19,7 @@ from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.checkpoint.section import SECTION
 from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere
+from slidesparse.kernels.backend import source_hash
 from slidesparse.kernels.verify import Check
 from slidesparse.machine import Machine, package_versions
 from slidesparse.measure.engines import vllm_memory as memory
@@ -28,6 +29,7 @@ from slidesparse.measure.engines.process import ChildProcess
 from slidesparse.measure.step_profile import StepProfile
 from slidesparse.plan import STOCK, Phase, Variant
 from slidesparse.tuning.store import TuningStore
+from slidesparse.vllm_plugin.shards import shared_kv_heads
 from slidesparse.vllm_plugin.versions import unsupported
 
 WORKER = "slidesparse.measure.engines.vllm_worker:VllmWorker"
@@ -39,6 +41,11 @@ PACKAGES = (
     "nvidia-cublas", "nvidia-cusparselt-cu12", "nvidia-cusparselt-cu13",
 )  # fmt: skip
 """Whose version can change a step."""
+MODEL = (
+    "triton_rope", "../vllm_plugin/bitnet", "../vllm_plugin/rope_attention", "../vllm_plugin/fused",
+    "../vllm_plugin/linear_op", "../vllm_plugin/auto",
+)  # fmt: skip
+"""Code of ours that can too, and that no tuned algorithm stands for: which kernels a layer is, and rotary."""
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in the process that calls it, or M is not exact
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the default depends on the architecture: rows would not be comparable
@@ -72,7 +79,8 @@ class VllmEngine:
             raise UnsupportedHere(problem)
 
     def versions(self) -> dict[str, str]:
-        return {name: version for name, version in package_versions().items() if name in PACKAGES}
+        packages = {name: version for name, version in package_versions().items() if name in PACKAGES}
+        return packages | {"model": source_hash(*MODEL)}
 
     def together(self, folders: Sequence[Path], limits: Limits, machine: Machine) -> int:
         """By the largest of them, and the free memory of the fullest GPU."""
@@ -111,12 +119,17 @@ def environment() -> dict[str, str]:
 
 
 def engine_arguments(checkpoint: Checkpoint, variant: Variant, tuning: Path | None, limits: Limits) -> dict[str, Any]:
-    """Of `vllm.LLM`: a step holds every token of a cell's step, and its very size is a CUDA graph."""
+    """Of `vllm.LLM`: a step holds every token of a cell's step, and its very size is a CUDA graph.
+
+    Raises CheckpointError where the ranks cannot share the heads.
+    """
     settings: dict[str, Any] = {"backend": variant.backend}
     if variant.sparsity is not None:
         settings["sparsity"] = str(variant.sparsity)
     if tuning is not None and variant.backend != STOCK:
         settings["tuning"] = str(tuning)
+    widths = memory.Widths.of(checkpoint.config)
+    shared = shared_kv_heads(widths.heads, widths.kv_heads, limits.tensor_parallel)
     return {
         "model": str(checkpoint.folder),
         "dtype": "bfloat16",
@@ -129,11 +142,12 @@ def engine_arguments(checkpoint: Checkpoint, variant: Variant, tuning: Path | No
         "async_scheduling": True,  # the default where it can be; said, so that no row differs
         "tensor_parallel_size": limits.tensor_parallel,
         "block_size": memory.BLOCK,
-        "kv_cache_memory_bytes": memory.cache_bytes(memory.Widths.of(checkpoint.config), limits),
+        "kv_cache_memory_bytes": memory.cache_bytes(widths, limits),
         "gpu_memory_utilization": UTILIZATION,
         "seed": 0,
         "compilation_config": {"cudagraph_capture_sizes": memory.sizes(limits)},
         "additional_config": {SECTION: settings},
+        **({} if shared == widths.kv_heads else {"hf_overrides": {"num_key_value_heads": shared}}),
     }
 
 

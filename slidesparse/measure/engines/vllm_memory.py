@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slidesparse.measure.engines.base import Limits
+from slidesparse.vllm_plugin.shards import kv_heads_of_rank
 
 BLOCK = 16
 """Tokens of a KV cache block."""
@@ -51,6 +52,10 @@ class Widths:
             tied=bool(config.get("tie_word_embeddings", False)),
         )
 
+    def kv_heads_of_rank(self, ranks: int) -> int:
+        """As `shards.kv_heads_of_rank`."""
+        return kv_heads_of_rank(self.heads, self.kv_heads, ranks)
+
 
 def sizes(limits: Limits) -> list[int]:
     """Tokens of every step that a timed cell makes: those that are measured, and the prompts of decode batches."""
@@ -80,7 +85,7 @@ def blocks(limits: Limits) -> int:
 
 def cache_bytes(widths: Widths, limits: Limits) -> int:
     """Of one rank: keys and values in bfloat16."""
-    kv_heads = max(1, widths.kv_heads // limits.tensor_parallel)
+    kv_heads = widths.kv_heads_of_rank(limits.tensor_parallel)
     return blocks(limits) * BLOCK * widths.layers * 2 * kv_heads * widths.head_dim * BFLOAT16
 
 
@@ -112,8 +117,8 @@ def step_bytes(widths: Widths, limits: Limits) -> int:
     residual stream.
     """
     ranks = limits.tensor_parallel
-    qkv = (widths.heads + 2 * widths.kv_heads) * widths.head_dim
-    widest = max(2 * widths.intermediate, qkv, widths.hidden) // ranks
+    qkv = (widths.heads // ranks + 2 * widths.kv_heads_of_rank(ranks)) * widths.head_dim
+    widest = max(2 * widths.intermediate // ranks, qkv, widths.hidden // ranks)
     token = widest * (FLOAT32 + BFLOAT16) + 2 * widths.intermediate // ranks + 3 * widths.hidden * BFLOAT16
     return step_tokens(limits) * token
 

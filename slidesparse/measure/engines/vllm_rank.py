@@ -98,12 +98,14 @@ def take_logits(worker: Any) -> list[tuple[list[str], torch.Tensor]]:
 
 
 def what_runs(worker: Any) -> dict[str, Any]:
-    """Model class, attention backends, linear kernels, graphs of the steps seen, paths of our linears."""
+    """Model class, attention backends and what runs before them, linear kernels, graphs of the steps seen, paths of our
+    linears."""
     runner, model = worker.model_runner, worker.get_model()
     kernels = {kernel.partition(" ")[0] for kernel in model_paths.linear_kernels(model).values()}
     return {
         "model": type(model).__name__,
         "attention": sorted({group.backend.get_name() for groups in runner.attn_groups for group in groups}),
+        "before attention": model_paths.before_attention(model),
         "kernels": sorted(kernels),
         "graphs": dict(getattr(runner, GRAPHS)),
         "paths": linear_op.paths(),

@@ -183,7 +183,7 @@ class VllmWorker:
         parts = [
             f"vLLM {importlib.metadata.version('vllm')} {seen['model']}, V1 model runner",
             f"M={m}: {graphs}",
-            f"attention {'+'.join(seen['attention'])}",
+            f"attention {'+'.join(seen['attention'])}, {seen['before attention']}",
             "+".join(seen["kernels"]),
         ]
         if self._ranks > 1:
