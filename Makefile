@@ -2,6 +2,7 @@
 
 PROFILE ?= auto
 SOURCE ?=
+TYPES ?=
 DATA ?= .
 CONFIG ?= bench.yaml
 FLAGS ?=
@@ -13,6 +14,8 @@ VENV ?= .venv
 # An environment that is used as it is, nothing installed: set in the images.
 BAKED ?= $(SLIDESPARSE_BAKED)
 CONFIRM ?=
+# Of `merge`: another result folder, reports/TAG.
+FROM ?=
 # Of `bake`: where compiled kernels go, and for which GPUs.
 CACHE ?= triton-cache
 ARCHITECTURES ?= all
@@ -26,13 +29,13 @@ IMAGE ?= slidesparse:$(PLATFORM)
 
 ENVIRONMENT := $(if $(BAKED),$(BAKED),$(VENV))
 RUN := $(ENVIRONMENT)/bin/python -m slidesparse --config "$(CONFIG)" --profile "$(PROFILE)" --data "$(DATA)" \
-       $(if $(SOURCE),--source "$(SOURCE)") $(FLAGS)
+       $(if $(SOURCE),--source "$(SOURCE)") $(if $(TYPES),--types "$(TYPES)") $(FLAGS)
 SETUP := VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" requirements/setup.sh
 
 COMMANDS := all prepare convert tune prefill decode throughput kernel linear calibrate report plan status doctor
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: $(COMMANDS) bake env env-dev test lint format lock clean help image image-test image-save image-sbom image-files
+.PHONY: $(COMMANDS) merge bake env env-dev test lint format lock clean help image image-test image-save image-sbom image-files
 
 ##@ The whole run
 all:      ## all tasks, then the report; run again to resume
@@ -54,6 +57,9 @@ report:   ## render reports/<tag>/report.md again, from records alone
 
 $(COMMANDS): env
 	@$(RUN) $@ $(ARGS)
+
+merge: env ## take the records of FROM=DIR/reports/<tag>, a run of this machine's tag, into this result folder; report
+	@$(RUN) merge $(if $(FROM),"$(FROM)") $(ARGS)
 
 bake: env ## compile the profile's Triton kernels into CACHE for ARCHITECTURES, without a GPU (docs/bake.md)
 	@$(RUN) bake --cache "$(CACHE)" --architectures "$(ARCHITECTURES)" $(ARGS)
@@ -117,6 +123,7 @@ help: ## this list
 	@printf '  %-12s %s\n' \
 	  PROFILE 'auto (smoke without a GPU, bitnet-2b with one), smoke, bitnet-2b, paper, or another of bench.yaml' \
 	  SOURCE 'hub, local or synthetic: overrides where the profile takes its models from' \
+	  TYPES 'some of its types, e.g. INT8 or FP8E4M3,BF16: the others are not run' \
 	  DATA 'folder of checkpoints and reports (default: here)' \
 	  CONFIG 'bench file (default: bench.yaml)' \
 	  FLAGS 'options before the command: --json, --quiet' \
@@ -126,6 +133,7 @@ help: ## this list
 	  TORCH_INDEX 'one more package index for torch, e.g. that of its CPU builds' \
 	  VENV 'folder of the environment (default: .venv)' \
 	  BAKED 'an environment to use as it is (set in the images)' \
+	  FROM 'of merge: the result folder to take in, e.g. b/reports/<tag>' \
 	  CACHE 'folder that make bake fills (default: triton-cache)' \
 	  ARCHITECTURES 'GPUs that it is filled for: all, or a list such as 80,90,120' \
 	  ENGINE 'docker or podman' \

@@ -27,6 +27,7 @@ class Options:
     profile: str
     data: Path
     source: str | None
+    types: tuple[str, ...] | None
     as_json: bool
     quiet: bool
 
@@ -45,9 +46,19 @@ class Options:
             name = "smoke" if detect().gpu is None else REFERENCE
         profile = bench.profile(name)
         if self.source is not None:
-            changed = profile.model_copy(update={"source": self.source})
-            bench = bench.model_copy(update={"profiles": bench.profiles | {name: changed}})
-        return Plan(bench, name, self.data)
+            profile = profile.model_copy(update={"source": self.source})
+        if self.types is not None:
+            profile = profile.only(self.types)
+        return Plan(bench.model_copy(update={"profiles": bench.profiles | {name: profile}}), name, self.data)
+
+
+class _Names(click.ParamType[tuple[str, ...]]):
+    """`INT8,FP8E4M3` -> ("INT8", "FP8E4M3")."""
+
+    name = "LIST"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[str, ...]:
+        return tuple(name.strip() for name in value.split(","))
 
 
 class _Command(click.Group):
@@ -63,6 +74,9 @@ class _Command(click.Group):
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; finished cells are kept, the same command resumes", err=True)
+            # CPython remembers an interrupt that came while it ran a string (imports and dataclasses do), and ends by
+            # that signal in place of the exit code, though the interrupt was caught. Running another makes it forget.
+            exec("")
             sys.exit(EXIT_INTERRUPTED)
 
 
@@ -72,14 +86,22 @@ class _Command(click.Group):
 @click.option("--profile", default="auto", show_default=True, help="auto: smoke without a GPU, bitnet-2b with one")
 @click.option("--data", type=click.Path(path_type=Path), default=Path(), help="where models and reports are kept")
 @click.option("--source", type=click.Choice(["hub", "local", "synthetic"]), help="override the profile's model source")
+@click.option("--types", type=_Names(), help="only these types of the profile, e.g. INT8 or INT8,BF16")
 @click.option("--json", "as_json", is_flag=True, help="print results as JSON")
 @click.option("--quiet", is_flag=True, help="no progress bars")
 @click.pass_context
 def main(
-    context: click.Context, config: Path, profile: str, data: Path, source: str | None, as_json: bool, quiet: bool
+    context: click.Context,
+    config: Path,
+    profile: str,
+    data: Path,
+    source: str | None,
+    types: tuple[str, ...] | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """What does Z:L weight sparsity buy on this machine, for this model?"""
-    context.obj = Options(config, profile, data, source, as_json, quiet or as_json)
+    context.obj = Options(config, profile, data, source, types, as_json, quiet or as_json)
 
 
 def _stage_command(stage: str, description: str) -> Callable[..., None]:
@@ -133,6 +155,23 @@ def report(options: Options, others: tuple[Path, ...]) -> None:
         raise SlideSparseError(f"{tree.root}: no records there yet; run `slidesparse all` or a stage first")
     path = render_report(tree, others)
     click.echo(json.dumps({"report": str(path)}) if options.as_json else f"report: {path}")
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.pass_obj
+def merge(options: Options, folders: tuple[Path, ...]) -> None:
+    """Take in the records of other result folders (reports/TAG) of this machine's tag, then the report.
+
+    For tasks that ran apart, a type on each GPU (--types). Run again, it changes nothing.
+    """
+    from slidesparse.merge import merge as merge_folders
+    from slidesparse.report.render import render_report
+
+    plan = options.plan()
+    tree = merge_folders(plan, folders)
+    state = _show(options, plan, render_report(tree, ()))
+    sys.exit(1 if any(task["status"] == "failed" for task in state["tasks"]) else 0)
 
 
 @main.command()
@@ -223,10 +262,9 @@ def bake(
 
 
 def _run(options: Options, choose: Callable[[Any], Any], with_report: bool) -> None:
-    from slidesparse.overview import print_status, read_status
     from slidesparse.runner import open_run, run_tasks
 
-    plan = options.plan()
+    plan, path = options.plan(), None
     try:
         with open_run(plan, options.quiet) as run:
             code = run_tasks(run, choose(plan))
@@ -239,11 +277,19 @@ def _run(options: Options, choose: Callable[[Any], Any], with_report: bool) -> N
         click.echo(f"warning: {error}; going on in a new process", err=True)
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "slidesparse", *sys.argv[1:]])
+    _show(options, plan, path)
+    sys.exit(code)
+
+
+def _show(options: Options, plan: Any, report: Path | None) -> dict[str, Any]:
+    """Print the status, which is returned, and where the report lies."""
+    from slidesparse.overview import print_status, read_status
+
     state = read_status(plan)
     if options.as_json:
         click.echo(json.dumps(state, indent=1))
     else:
         print_status(state)
-        if with_report:
-            click.echo(f"report: {path}")
-    sys.exit(code)
+        if report is not None:
+            click.echo(f"report: {report}")
+    return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
@@ -271,6 +272,28 @@ class Profile(_Section):
     linear: Linear | None = None
     step_profiles: StepProfiles = StepProfiles()
     calibrate: Calibrate = Calibrate()
+
+    @property
+    def types(self) -> tuple[DType, ...]:
+        """All types that anything is measured in: the 8-bit ones, then the 16-bit ones of the kernel tasks."""
+        return (*self.dtypes, *self.kernel.float_dtypes)
+
+    def only(self, names: Sequence[str]) -> Profile:
+        """This profile in some of its types alone, 16-bit ones included: what is not named is not run.
+
+        Parts of a profile thus share no cell of a type: a 16-bit type is measured in the part that names it.
+
+        Raises ConfigError when a name is none of its types, or none is an 8-bit type, which every profile needs.
+        """
+        for name in names:
+            if name not in self.types:
+                raise ConfigError(f"--types: {name!r} is no type of this profile; it has {', '.join(self.types)}")
+        dtypes = tuple(dtype for dtype in self.dtypes if dtype in names)
+        if not dtypes:
+            raise ConfigError(f"--types: name at least one 8-bit type of this profile: {', '.join(self.dtypes)}")
+        floats = tuple(dtype for dtype in self.kernel.float_dtypes if dtype in names)
+        kernel = self.kernel.model_copy(update={"float_dtypes": floats})
+        return self.model_copy(update={"dtypes": dtypes, "kernel": kernel})
 
     @property
     def on_gpu(self) -> bool:

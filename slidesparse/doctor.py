@@ -193,8 +193,7 @@ def _present(name: str, found: str, wanted: bool, advice: str) -> Finding:
 def _backends(plan: Plan, seen: Surroundings) -> Iterator[Finding]:
     profile = plan.profile
     for name in profile.backends.every:
-        dtypes = (*profile.dtypes, *profile.kernel.float_dtypes)
-        problems = {dtype: seen.backend_problems[name, dtype] for dtype in dtypes}
+        problems = {dtype: seen.backend_problems[name, dtype] for dtype in profile.types}
         yield _combined(f"backend {name}", {dtype.value: problem for dtype, problem in problems.items()})
     yield _combined(f"engine {profile.engine}", {"all": seen.engine_problem})
 

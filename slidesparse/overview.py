@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,19 +13,7 @@ from rich.table import Table
 from slidesparse import files, records
 from slidesparse.doctor import Finding, disk_need
 from slidesparse.model_size import checkpoint_bytes
-from slidesparse.plan import (
-    CalibrateCell,
-    Cell,
-    ConvertCell,
-    KernelCell,
-    LinearCell,
-    Plan,
-    PrepareCell,
-    Task,
-    ThroughputCell,
-    TuneCell,
-)
-from slidesparse.result_tree import ResultTree
+from slidesparse.plan import Cell, ConvertCell, Plan, PrepareCell, Task
 from slidesparse.runner import result_tree
 
 ASSUMED_DISK_MIB_S = 250
@@ -40,7 +27,7 @@ def plan_overview(plan: Plan) -> dict[str, Any]:
     finished = lru_cache(maxsize=None)(lambda path, names: records.finished(records.read(path), names))
 
     def recorded(cell: Cell) -> bool:
-        path, key = _place(tree, cell)
+        path, key = tree.place(cell)
         return tuple(key.values()) in finished(path, tuple(key))
 
     tasks = []
@@ -148,50 +135,6 @@ def print_findings(findings: Iterable[Finding], as_lines: bool = False) -> None:
         text = finding.detail if not finding.advice else f"{finding.detail} -> {finding.advice}"
         table.add_row(f"[{colour}]{finding.status}[/{colour}]", finding.name, text)
     console.print(table)
-
-
-# -- what is recorded ---------------------------------------------------------------------------------
-
-
-def _place(tree: ResultTree, cell: Cell) -> tuple[Path, dict[str, object]]:
-    """The table that holds a cell, and the values of the columns that find it there."""
-    match cell:
-        case PrepareCell():
-            return tree.prepare, {"model": cell.model, "dtype": cell.dtype.value}
-        case ConvertCell():
-            key = {"model": cell.model, "dtype": cell.dtype.value, "sparsity": str(cell.sparsity)}
-            return tree.convert, dict(key)
-        case ThroughputCell():
-            return tree.throughput(cell.phase, cell.model, cell.dtype, cell.variant), {f"M_{cell.phase}": cell.m}
-        case TuneCell():
-            sparsity = cell.variant.sparsity
-            lifted = sparsity is not None and cell.operation == "sparse_gemm"
-            return tree.tune(cell.model, cell.dtype), {
-                "operation": cell.operation,
-                "backend": cell.variant.backend,
-                "sparsity": "" if sparsity is None else str(sparsity),
-                "M": cell.m,
-                "N": cell.n,
-                "K": sparsity.lifted_k(cell.k) if lifted and sparsity else cell.k,
-            }
-        case KernelCell():
-            sparsity = cell.variant.sparsity
-            k = cell.k if sparsity is None else sparsity.lifted_k(cell.k)
-            return tree.kernel(cell.model, cell.dtype, cell.variant), {"M": cell.m, "N": cell.n, "K": k}
-        case LinearCell():
-            pattern = str(cell.variant.sparsity or "")
-            return tree.linear(cell.model, cell.dtype), {
-                "backend": cell.variant.backend,
-                "sparsity": pattern,
-                "M": cell.m,
-            }
-        case CalibrateCell():
-            return tree.calibration, {
-                "quantity": cell.quantity,
-                "dtype": cell.dtype.value if cell.dtype else "",
-                "sparse": cell.sparse,
-                "loads": cell.loads,
-            }
 
 
 # -- time expected ------------------------------------------------------------------------------------

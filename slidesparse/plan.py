@@ -347,11 +347,10 @@ def _decode(p: Profile) -> Iterator[ThroughputCell]:
 def _kernel(p: Profile, models: dict[str, Model], patterns: tuple[Sparsity, ...] | None) -> Iterator[KernelCell]:
     dense = [Variant(backend) for backend in p.backends.dense]
     variants = dense if patterns is None else _variants(p.backends.sparse, patterns)
-    dtypes = (*p.dtypes, *p.kernel.float_dtypes)
-    for model, dtype, variant in product(p.models, dtypes, variants):
+    for model, dtype, variant in product(p.models, p.types, variants):
         for m, (layer, (n, k)) in product(p.kernel.m, models[model].linear_shapes().items()):
             yield KernelCell(model, dtype, variant, layer, m, n, k)
-    for dtype, variant, size in product(dtypes, variants, p.kernel.square):
+    for dtype, variant, size in product(p.types, variants, p.kernel.square):
         yield KernelCell(SQUARE, dtype, variant, "square", size, size, size)
 
 

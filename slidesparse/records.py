@@ -7,10 +7,13 @@ A file is only ever extended; where a cell was measured again, the last row coun
 from __future__ import annotations
 
 import csv
+import heapq
 import io
 import math
 import re
 from collections.abc import Iterable
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -42,16 +45,36 @@ def append(path: Path, rows: Iterable[Row], header: Iterable[str] = ()) -> None:
         comments = [f"# {line}" for line in header]
         write_text(path, "".join(f"{line}\n" for line in comments) + _lines([columns, *added]))
         return
-    comments, old, cells = _parse(path)
-    unknown = [name for name in old if name not in columns]
-    if unknown:
-        raise RecordError(
-            f"{path}: unknown columns {', '.join(unknown)}; it was written by another version: move it aside"
-        )
-    if old != columns:
-        place = {name: index for index, name in enumerate(old)}
-        cells = [[row[place[name]] if name in place else "" for name in columns] for row in cells]
+    comments, cells = _parse_as(columns, path)
     write_text(path, "".join(f"{line}\n" for line in comments) + _lines([columns, *cells, *added]))
+
+
+def merged(path: Path, other: Path, row_type: type[Row]) -> str | None:
+    """Text of a table with the rows of another one that it lacks; None where it lacks none. Nothing is written.
+
+    The last row of a cell counts, so the rows of both stand in the order of their `time_utc`: of a cell that both have,
+    the later measurement is the last. Appending would let the older one count where the other table is older. Rows
+    of one table never change places: those of a tuned cell are in an order of their own, its winner last, and
+    their times may differ by the second in which they were written. At equal times ours come first.
+
+    A row that is there already, equal in every column, is not added. Header lines are those of the table that is there.
+
+    Raises:
+        RecordError: one of them is not a table, or has columns that this version does not know.
+    """
+    columns = row_type.columns()
+    comments, theirs = _parse_as(columns, other)
+    ours: list[list[str]] = []
+    if path.exists():
+        comments, ours = _parse_as(columns, path)
+    known = {tuple(row) for row in ours}
+    added = [list(row) for row in dict.fromkeys(map(tuple, theirs)) if row not in known]
+    if not added:
+        return None
+    time = columns.index("time_utc")
+    timed = (zip(accumulate((row[time] for row in rows), max), rows, strict=True) for rows in (ours, added))
+    cells = [row for _, row in heapq.merge(*timed, key=itemgetter(0))]
+    return "".join(f"{line}\n" for line in comments) + _lines([columns, *cells])
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -108,6 +131,34 @@ def finished(frame: pd.DataFrame, names: tuple[str, ...]) -> dict[tuple[object, 
     cells = zip(*(frame[name] for name in names), strict=True)
     last = dict(zip(cells, zip(frame["fingerprint"], frame["status"], strict=True), strict=True))
     return {cell: conditions for cell, (conditions, status) in last.items() if status in ("ok", "skipped")}
+
+
+def outcomes(frame: pd.DataFrame, names: tuple[str, ...]) -> dict[tuple[object, ...], str]:
+    """`ok`, `failed` or `skipped` of each cell's last row, by its values in the columns `names`.
+
+    A row that stands although its check failed (`verified`) is failed.
+    """
+    if frame.empty or not {*names, "status"} <= set(frame.columns):
+        return {}
+    status = frame["status"]
+    if "verified" in frame.columns:
+        status = status.mask(frame["verified"] == "failed", "failed")
+    cells = zip(*(frame[name] for name in names), strict=True)
+    return dict(zip(cells, status, strict=True))
+
+
+def _parse_as(columns: list[str], path: Path) -> tuple[list[str], list[list[str]]]:
+    """Leading `#` lines, and rows with these columns; what an older version of the file lacks is empty."""
+    comments, old, cells = _parse(path)
+    unknown = [name for name in old if name not in columns]
+    if unknown:
+        raise RecordError(
+            f"{path}: unknown columns {', '.join(unknown)}; it was written by another version: move it aside"
+        )
+    if old != columns:
+        place = {name: index for index, name in enumerate(old)}
+        cells = [[row[place[name]] if name in place else "" for name in columns] for row in cells]
+    return comments, cells
 
 
 def _parse(path: Path) -> tuple[list[str], list[str], list[list[str]]]:

@@ -6,7 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slidesparse.dtypes import DType
-from slidesparse.plan import SQUARE, Phase, Variant
+from slidesparse.plan import (
+    SQUARE,
+    CalibrateCell,
+    Cell,
+    ConvertCell,
+    KernelCell,
+    LinearCell,
+    Phase,
+    PrepareCell,
+    ThroughputCell,
+    TuneCell,
+    Variant,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,46 @@ class ResultTree:
     @property
     def calibration(self) -> Path:
         return self.root / "calibration" / "rates.csv"
+
+    def place(self, cell: Cell) -> tuple[Path, dict[str, object]]:
+        """The table that holds a cell, and the values of the columns that find it there."""
+        match cell:
+            case PrepareCell():
+                return self.prepare, {"model": cell.model, "dtype": cell.dtype.value}
+            case ConvertCell():
+                key = {"model": cell.model, "dtype": cell.dtype.value, "sparsity": str(cell.sparsity)}
+                return self.convert, dict(key)
+            case ThroughputCell():
+                return self.throughput(cell.phase, cell.model, cell.dtype, cell.variant), {f"M_{cell.phase}": cell.m}
+            case TuneCell():
+                sparsity = cell.variant.sparsity
+                lifted = sparsity is not None and cell.operation == "sparse_gemm"
+                return self.tune(cell.model, cell.dtype), {
+                    "operation": cell.operation,
+                    "backend": cell.variant.backend,
+                    "sparsity": "" if sparsity is None else str(sparsity),
+                    "M": cell.m,
+                    "N": cell.n,
+                    "K": sparsity.lifted_k(cell.k) if lifted and sparsity else cell.k,
+                }
+            case KernelCell():
+                sparsity = cell.variant.sparsity
+                k = cell.k if sparsity is None else sparsity.lifted_k(cell.k)
+                return self.kernel(cell.model, cell.dtype, cell.variant), {"M": cell.m, "N": cell.n, "K": k}
+            case LinearCell():
+                pattern = str(cell.variant.sparsity or "")
+                return self.linear(cell.model, cell.dtype), {
+                    "backend": cell.variant.backend,
+                    "sparsity": pattern,
+                    "M": cell.m,
+                }
+            case CalibrateCell():
+                return self.calibration, {
+                    "quantity": cell.quantity,
+                    "dtype": cell.dtype.value if cell.dtype else "",
+                    "sparse": cell.sparse,
+                    "loads": cell.loads,
+                }
 
     @property
     def status(self) -> Path:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from slidesparse import files, machine
 from slidesparse.bake.counts import Counts, counting
@@ -22,6 +21,7 @@ from slidesparse.kernels.gemm_library import loaded_versions
 from slidesparse.plan import Plan, Stage, Task
 from slidesparse.result_tree import ResultTree
 from slidesparse.run import Outcome, Run
+from slidesparse.status import Status
 
 STAGE_MODULES: dict[Stage, str] = {
     "prepare": "slidesparse.checkpoint.prepare",
@@ -71,14 +71,14 @@ def run_tasks(run: Run, tasks: Iterable[Task]) -> int:
     Tasks that follow each other and share their engine's start (`JOINT`) are run together. A full or read-only disk
     and Ctrl-C end the run: what had been recorded stays, and the same command resumes.
     """
-    status = _Status(run)
+    status = Status(run)
     failed = False
     for _, group in groupby(list(tasks), key=lambda task: "joint" if task.stage in JOINT else task.number):
         failed = _run_group(run, list(group), status) or failed
     return 1 if failed else 0
 
 
-def _run_group(run: Run, tasks: list[Task], status: _Status) -> bool:
+def _run_group(run: Run, tasks: list[Task], status: Status) -> bool:
     """Run one task, or several together. True if anything failed."""
     started = time.monotonic()
 
@@ -126,72 +126,6 @@ def _stage(stage: Stage) -> RunTasks:
         together: RunTasks = module.run_tasks
         return together
     return lambda run, tasks: [module.run_task(run, task) for task in tasks]
-
-
-class _Status:
-    """`status.json`: the last word on each of the eight tasks, kept over runs of single stages and other profiles."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._entries = {task.number: self._entry(task, "pending") for task in run.plan.tasks}
-        self._others: dict[str, Any] = {}
-        if run.tree.status.exists():
-            before = files.read_json(run.tree.status)
-            self._others = before.get("other_profiles", {}) | {before["profile"]: before["tasks"]}
-            for entry in self._others.pop(run.plan.profile_name, []):
-                self._entries[entry["number"]] = entry
-        self._started = datetime.now(UTC).isoformat(timespec="seconds")
-
-    def update(
-        self, task: Task, status: str, seconds: float = 0.0, outcome: Outcome | None = None, note: str = ""
-    ) -> None:
-        entry = self._entry(task, status, seconds, outcome or Outcome(), note)
-        nothing_new = outcome is not None and not outcome.failed and outcome.done_before == outcome.ok
-        before = self._entries[task.number]
-        if status == "running" or (nothing_new and before["status"] in ("succeeded", "running", "skipped")):
-            # A run that finds all cells done leaves standing how long they took and what there was to say.
-            entry["seconds"] = before["seconds"] or entry["seconds"]
-            entry["note"] = entry["note"] or before["note"]
-        self._entries[task.number] = entry
-        files.write_json(
-            self._run.tree.status,
-            {
-                "profile": self._run.plan.profile_name,
-                "run_id": self._run.run_id,
-                "tag": self._run.tree.tag,
-                "started_utc": self._started,
-                "updated_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-                "tasks": [self._entries[number] for number in sorted(self._entries)],
-                "log": f"logs/{self._run.run_id}.log",
-                "other_profiles": self._others,
-            },
-        )
-
-    def try_update(self, task: Task, status: str, seconds: float, note: str) -> None:
-        """As `update`, on a disk that may not take it."""
-        try:
-            self.update(task, status, seconds, note=note)
-        except DiskError as error:
-            self._run.log.error("%s", error)
-
-    @staticmethod
-    def _entry(
-        task: Task, status: str, seconds: float = 0.0, outcome: Outcome | None = None, note: str = ""
-    ) -> dict[str, Any]:
-        outcome = outcome or Outcome()
-        return {
-            "number": task.number,
-            "name": task.name,
-            "title": task.title,
-            "status": status,
-            "seconds": round(seconds, 3),
-            "cells": len(task.cells),
-            "ok": outcome.ok,
-            "failed": outcome.failed,
-            "skipped": outcome.skipped,
-            "done_before": outcome.done_before,
-            "note": note or "; ".join(outcome.notes),
-        }
 
 
 @contextmanager

@@ -58,7 +58,6 @@ def look(plan: Plan, machine: Machine) -> Surroundings:
     profile = plan.profile
     missing = tuple(model for model in profile.models if not _is_there(_source_folder(plan, model)))
     names = profile.backends.every
-    dtypes = (*profile.dtypes, *profile.kernel.float_dtypes)
     return Surroundings(
         nvidia_gpus=gpus,
         driver=driver,
@@ -69,7 +68,9 @@ def look(plan: Plan, machine: Machine) -> Surroundings:
         cannot_write=_write_problem(plan.data),
         models_to_get=missing,
         hub_problem=_hub_problem() if missing and profile.source == "hub" else None,
-        backend_problems={(name, dtype): _backend_problem(name, machine, dtype) for name in names for dtype in dtypes},
+        backend_problems={
+            (name, dtype): _backend_problem(name, machine, dtype) for name in names for dtype in profile.types
+        },
         engine_problem=_engine_problem(profile.engine, machine),
         rates_problem=_rates_problem() if profile.on_gpu else "",
     )

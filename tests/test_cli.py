@@ -19,6 +19,7 @@ from slidesparse import files, records, runner
 from slidesparse.errors import DiskError
 from slidesparse.plan import Task
 from slidesparse.run import Outcome, Run
+from slidesparse.status import Status
 
 INTERRUPTED = 130
 
@@ -147,6 +148,53 @@ def test_bad_bench_file_is_one_line_and_exit_code_2(bench_file: Path, tmp_path: 
     assert not (tmp_path / "reports").exists()
 
 
+@pytest.fixture(scope="module")
+def both_types(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bench file with both 8-bit types."""
+    folder = tmp_path_factory.mktemp("both")
+    path = folder / "bench.yaml"
+    path.write_text(yaml.safe_dump(small_run(folder).plan.bench.model_dump(mode="json")))
+    return path
+
+
+def test_types_leave_out_the_cells_of_others(both_types: Path, tmp_path: Path) -> None:
+    count = {}
+    for types in ("INT8", " FP8E4M3", "INT8,FP8E4M3"):
+        tasks = json.loads(run(both_types, tmp_path, "--types", types, "--json", "plan").stdout)["tasks"]
+        count[types] = [task["cells"] for task in tasks]
+    assert count["INT8"] == count[" FP8E4M3"] == [cells // 2 for cells in count["INT8,FP8E4M3"]]
+
+
+def test_a_wrong_type_is_one_line_and_exit_code_2(both_types: Path, tmp_path: Path) -> None:
+    done = run(both_types, tmp_path, "--types", "INT8,INT4", "all")
+    assert done.returncode == 2
+    assert done.stderr == "error: --types: 'INT4' is no type of this profile; it has INT8, FP8E4M3\n"
+    assert not (tmp_path / "reports").exists()
+
+
+def test_merge_takes_another_folder_in_and_reports(bench_file: Path, finished: Path, tmp_path: Path) -> None:
+    theirs = tree_of(finished)
+    done = run(bench_file, tmp_path, "merge", str(theirs))
+    assert done.returncode == 0, done.stderr
+    assert "8 succeeded, 0 failed, 0 skipped" in done.stdout
+    ours = tree_of(tmp_path)
+    assert f"report: {ours / 'report.md'}" in done.stdout
+    for path in theirs.rglob("*.csv"):
+        assert (ours / path.relative_to(theirs)).read_bytes() == path.read_bytes()
+    tasks = json.loads(run(bench_file, tmp_path, "--json", "merge", str(theirs)).stdout)["tasks"]
+    assert [task["seconds"] for task in tasks] == [
+        task["seconds"] for task in files.read_json(theirs / "status.json")["tasks"]
+    ]
+
+
+def test_a_merge_that_is_refused_is_one_line(bench_file: Path, tmp_path: Path) -> None:
+    done = run(bench_file, tmp_path, "merge", str(tmp_path / "nowhere"))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "nowhere: no results there" in done.stderr
+    assert not (tmp_path / "reports").exists()
+
+
 def statuses(data: Path) -> list[str]:
     found = list(data.glob("reports/*/status.json"))
     return [task["status"] for task in files.read_json(found[0])["tasks"]] if found else []
@@ -167,6 +215,20 @@ def test_interrupt_then_resume(bench_file: Path, tmp_path: Path) -> None:
     assert 1 <= statuses(tmp_path).count("interrupted") <= 2, "prefill and decode run together"
     assert not list(tmp_path.rglob(f"*{files.PARTIAL}"))
     assert run(bench_file, tmp_path, "all").returncode == 0
+
+
+def test_an_interrupt_inside_generated_code_has_the_same_exit_code(tmp_path: Path) -> None:
+    """Imports run strings, and CPython 3.11 ends by SIGINT where an interrupt came inside one, caught or not."""
+    (tmp_path / "interrupted.py").write_text(
+        "from slidesparse import cli\n"
+        "@cli.main.command()\n"
+        "def generated():\n"
+        "    exec('raise KeyboardInterrupt')\n"
+        "cli.main(['generated'])\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == INTERRUPTED
+    assert "resumes" in done.stderr
 
 
 def test_two_runs_at_once_are_refused(bench_file: Path, finished: Path) -> None:
@@ -207,14 +269,14 @@ def test_all_cells_skipped_is_not_a_failure(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_an_interrupt_before_the_stage_begins_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It comes just after the status file says `running`."""
-    genuine = runner._Status.update
+    genuine = Status.update
 
-    def interrupted(self: Any, task: Task, status: str, *others: Any, **named: Any) -> None:
+    def interrupted(self: Status, task: Task, status: str, *others: Any, **named: Any) -> None:
         genuine(self, task, status, *others, **named)
         if status == "running":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner._Status, "update", interrupted)
+    monkeypatch.setattr(Status, "update", interrupted)
     run = small_run(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         runner.run_tasks(run, run.plan.tasks)

@@ -284,3 +284,49 @@ def test_models_come_in_8_bit_types_only(tmp_path: Path) -> None:
     message, line = refusal(tmp_path, "dtypes: [INT8, FP8E4M3]", "dtypes: [BF16]")
     assert message.startswith(f"bench.yaml:{line}: profiles.smoke.dtypes.0: ")
     assert "'INT8' or 'FP8E4M3'" in message
+
+
+# -- a part of a profile's types ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ["smoke", "kernels"])
+def test_parts_of_a_profile_have_its_cells_each_once(profile: str) -> None:
+    bench = load_bench(ROOT / "bench.yaml")
+    whole = Plan(bench, profile, ROOT)
+    first, second = whole.profile.types[::2], whole.profile.types[1::2]
+    parts = [
+        Plan(bench.model_copy(update={"profiles": {profile: whole.profile.only(types)}}), profile, ROOT)
+        for types in (first, second)
+    ]
+    for task, *apart in zip(whole.tasks, *(part.tasks for part in parts), strict=True):
+        cells = [cell for part in apart for cell in part.cells]
+        if task.stage == "calibrate":  # of the machine, not of a type: both parts measure it
+            assert all(part.cells == task.cells for part in apart)
+        else:
+            assert len(cells) == len(task.cells)
+            assert set(cells) == set(task.cells)
+
+
+def test_types_keep_the_order_of_the_profile_and_16_bit_ones_are_named() -> None:
+    kernels = load_bench(ROOT / "bench.yaml").profile("kernels")
+    assert kernels.only(["BF16", "FP8E4M3", "INT8"]).types == (DType.INT8, DType.FP8, DType.BF16)
+    assert kernels.only(["INT8"]).types == (DType.INT8,)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["INT4"], "--types: 'INT4' is no type of this profile; it has INT8, FP8E4M3"),
+        (["INT8", "BF16"], "--types: 'BF16' is no type of this profile; it has INT8, FP8E4M3"),
+        ([""], "--types: '' is no type of this profile; it has INT8, FP8E4M3"),
+    ],
+)
+def test_a_type_that_the_profile_lacks_is_refused(names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_bench(ROOT / "bench.yaml").profile("smoke").only(names)
+    assert str(caught.value) == message
+
+
+def test_16_bit_types_alone_are_no_part_of_a_profile() -> None:
+    with pytest.raises(ConfigError, match="name at least one 8-bit type of this profile: INT8, FP8E4M3"):
+        load_bench(ROOT / "bench.yaml").profile("kernels").only(["BF16"])

@@ -21,7 +21,7 @@ case "$*" in
 esac
 """
 TARGETS = ("prepare", "convert", "tune", "prefill", "decode", "kernel", "report", "all", "plan", "status", "doctor")
-TARGETS += ("bake", "test", "lint", "format", "lock", "clean", "help", "env")
+TARGETS += ("merge", "bake", "test", "lint", "format", "lock", "clean", "help", "env")
 
 
 class Checkout:
@@ -49,7 +49,7 @@ class Checkout:
     def __call__(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the checkout."""
         ours = re.compile(
-            r"MAKE|MFLAGS|VENV|PYTHON|TORCH|BAKED|SLIDESPARSE|PROFILE|SOURCE|DATA|CONF|ARGS|FLAGS|GNUMAKE"
+            r"MAKE|MFLAGS|VENV|PYTHON|TORCH|BAKED|SLIDESPARSE|PROFILE|SOURCE|TYPES|FROM|DATA|CONF|ARGS|FLAGS|GNUMAKE"
         )
         kept = {key: value for key, value in os.environ.items() if not ours.match(key)}
         environment = kept | {"PATH": f"{self.bin}:{kept['PATH']}", "FAKE_LOG": str(self.log)} | variables
@@ -71,7 +71,20 @@ def test_help_explains_every_target(checkout: Checkout) -> None:
     text = checkout("make").stdout
     for target in TARGETS:
         assert re.search(rf"^  {target} +\w", text, re.M), target
-    for variable in ("PROFILE", "SOURCE", "DATA", "CONFIG", "PYTHON", "TORCH", "TORCH_INDEX", "ARGS", "BAKED"):
+    variables = (
+        "PROFILE",
+        "SOURCE",
+        "TYPES",
+        "DATA",
+        "CONFIG",
+        "PYTHON",
+        "TORCH",
+        "TORCH_INDEX",
+        "ARGS",
+        "BAKED",
+        "FROM",
+    )
+    for variable in variables:
         assert re.search(rf"^  {variable} +\w", text, re.M), variable
 
 
@@ -89,6 +102,15 @@ def test_a_target_calls_the_command_of_its_name(checkout: Checkout) -> None:
     assert done.stdout == "", "setup talks on stderr, so that --json stays JSON"
     assert checkout.asked()[-1] == (
         "-m slidesparse --config bench.yaml --profile paper --data /a b --source local --json decode --cells"
+    )
+
+
+def test_types_go_before_the_command_and_a_merge_has_its_folder(checkout: Checkout) -> None:
+    assert checkout("make", "all", "TYPES=INT8,BF16").returncode == 0
+    assert checkout.asked()[-1] == ("-m slidesparse --config bench.yaml --profile auto --data . --types INT8,BF16 all")
+    assert checkout("make", "merge", "DATA=a", "FROM=b c/reports/TAG", "ARGS=d/reports/TAG").returncode == 0
+    assert checkout.asked()[-1] == (
+        "-m slidesparse --config bench.yaml --profile auto --data a merge b c/reports/TAG d/reports/TAG"
     )
 
 

@@ -50,6 +50,48 @@ def kernel(kind: type[KernelRow] = KernelRow, **changes: object) -> KernelRow:
     return kind.model_validate({"M": 64, "N": 96, "K": 128, "K_model": 96, "backend": "b", **STAMP, **changes})
 
 
+# -- two tables put together ----------------------------------------------------------------------------
+
+
+def test_rows_of_both_stand_by_time_and_keep_their_order(tmp_path: Path) -> None:
+    """Our second 2 was written with an older time than the row before it, as happens within a tuned cell."""
+    ours, theirs = tmp_path / "ours.csv", tmp_path / "theirs.csv"
+    for path, rows in (
+        (ours, ((1, "T1"), (2, "T3"), (2, "T2"), (4, "T5"))),
+        (theirs, ((2, "T2"), (1, "T4"), (4, "T4"))),
+    ):
+        records.append(path, [prefill(m, time_utc=time, requests_per_s=float(m)) for m, time in rows], [path.stem])
+    text = records.merged(ours, theirs, PrefillRow)
+    assert text is not None
+    ours.write_text(text)
+    frame = records.read(ours)
+    assert list(zip(frame["M_prefill"], frame["time_utc"], strict=True)) == [
+        (1, "T1"), (2, "T3"), (2, "T2"), (1, "T4"), (4, "T4"), (4, "T5"),
+    ]  # fmt: skip
+    assert text.startswith("# ours\n")
+    assert records.merged(ours, theirs, PrefillRow) is None, "the second time nothing is missing"
+    assert records.merged(theirs, ours, PrefillRow) is not None
+
+
+def test_a_new_table_is_the_other_one(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.csv"
+    records.append(theirs, [prefill(64), prefill(128)], ["GPU: none"])
+    assert records.merged(tmp_path / "ours.csv", theirs, PrefillRow) == theirs.read_text()
+
+
+def test_columns_of_older_versions_are_added_and_unknown_ones_refused(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.csv", tmp_path / "theirs.csv"
+    records.append(ours, [prefill(64)])
+    old = pd.read_csv(ours, dtype=str, keep_default_na=False).drop(columns=["peak_rss_mib"])
+    old.assign(M_prefill="128").to_csv(theirs, index=False)
+    text = records.merged(ours, theirs, PrefillRow)
+    assert text is not None
+    assert text.splitlines()[:2] == ours.read_text().splitlines()
+    old.assign(surprise="1").to_csv(theirs, index=False)
+    with pytest.raises(RecordError, match=r"theirs\.csv: unknown columns surprise"):
+        records.merged(ours, theirs, PrefillRow)
+
+
 # -- the columns that either side reads --------------------------------------------------------------
 
 

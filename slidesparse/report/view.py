@@ -155,7 +155,7 @@ class View:
             sizes = [(m, n, k) for m in profile.kernel.m for n, k in shapes]
             if model == SQUARE:
                 sizes = [(size, size, size) for size in profile.kernel.square]
-            for dtype in (*profile.dtypes, *profile.kernel.float_dtypes):
+            for dtype in profile.types:
                 for task, backend, sparsity in dense + sparse:
                     cells += [(task, model, dtype.value, backend, sparsity, *size) for size in sizes]
         return cells
