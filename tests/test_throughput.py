@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pandas as pd
@@ -298,6 +299,30 @@ def test_ratios_are_of_steps_taken_in_turns(tmp_path: Path, fake: FakeEngine, mo
     assert table(run, "prefill", DENSE).iloc[0]["over_dense"] == -1
     first, second = fake.sessions
     assert all(torch.equal(a, b) for a, b in zip(first.prompts, second.prompts, strict=True)), "the same work"
+
+
+def test_a_session_is_checked_while_another_starts(
+    tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense engine is not there before the sparse one has been checked."""
+    fake.room = 2
+    checked = Event()
+    genuine = FakeEngine.open
+
+    def opened(self: FakeEngine, folder: Path, dtype: DType, variant: Variant, *others: Any) -> FakeSession:
+        if variant == DENSE and not checked.wait(20):
+            raise TimeoutError("no other was checked meanwhile")
+        return genuine(self, folder, dtype, variant, *others)
+
+    def check(self: FakeSession, prompts: torch.Tensor) -> Check:
+        if self.variant == SPARSE:
+            checked.set()
+        return self.logits
+
+    monkeypatch.setattr(FakeEngine, "open", opened)
+    monkeypatch.setattr(FakeSession, "check_logits", check)
+    run = small_run(tmp_path, dtypes=["INT8"])
+    assert measure(run, "prefill").failed == 0
 
 
 def test_graphs_of_decode_steps_are_compared_batch_by_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,27 +113,27 @@ class Side:
 
     # -- its session -------------------------------------------------------------------------------------
 
-    def open(self, runs_on: Engine, limits: Limits) -> Exception | None:
-        """Open the session; the error, for `fail_pending`, if that did not work. Several sides may do so at once."""
+    def open(self, runs_on: Engine, limits: Limits, turn: AbstractContextManager[object]) -> Exception | None:
+        """Open the session and check its logits; the error, for `fail_pending`, if one did not work.
+
+        Several sides may do so at once: they start side by side, and check one at a time, inside `turn`. Without an
+        answer of the check no cell can be recorded.
+        """
         assert self._store is not None
         try:
             self.session = runs_on.open(self.folder, self.dtype, self.variant, self._store, limits)
+            with turn:
+                self._check_logits(self.session)
         except Exception as error:
+            self.close()
             return error
         return None
 
-    def check_logits(self) -> None:
-        """Once after opening, one side at a time. Without an answer no cell can be recorded: they fail."""
-        assert self.session is not None
-        try:
-            prompts = _check_prompts(self.session.vocabulary)
-            self._logits = self.session.check_logits(prompts)
-            tokens = self.session.decode(prompts, SHOWN_TOKENS).tokens
-            self._tokens = " / ".join(" ".join(map(str, sequence)) for sequence in tokens.tolist())
-        except Exception as error:
-            self.close()
-            self.fail_pending(error)
-            return
+    def _check_logits(self, session: Session) -> None:
+        prompts = _check_prompts(session.vocabulary)
+        self._logits = session.check_logits(prompts)
+        tokens = session.decode(prompts, SHOWN_TOKENS).tokens
+        self._tokens = " / ".join(" ".join(map(str, sequence)) for sequence in tokens.tolist())
         if self._logits.wrong:
             self._run.log.error("%s %s: check failed: %s", self._model, self.variant, self._logits.text)
 

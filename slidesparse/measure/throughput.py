@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import groupby
-from threading import Thread
+from threading import Lock, Thread
 
 from slidesparse.dtypes import DType
 from slidesparse.errors import UnsupportedHere
@@ -114,9 +114,6 @@ class _Model:
         try:
             for side, error in _open(group, runs_on, limits).items():
                 side.fail_pending(error)
-            for side in group:
-                if side.session is not None:
-                    side.check_logits()
             self._bill(starting)
             for phase in self._phases:
                 for cells in _by_size(group, phase):
@@ -170,17 +167,22 @@ class _Model:
 
 
 def _open(group: list[Side], runs_on: Engine, limits: Limits) -> dict[Side, Exception]:
-    """Open all sessions at once, each in a thread. Returns what went wrong.
+    """Open all sessions at once, each in a thread, and check those that are there while others start.
 
-    The threads are daemons: Ctrl-C need not wait for engines that are starting, which end with this process.
+    Returns what went wrong. The threads are daemons: Ctrl-C need not wait for engines that are starting, which end with
+    this process. A single session needs none.
     """
     errors: dict[Side, Exception] = {}
+    turn = Lock()
 
     def open_one(side: Side) -> None:
-        error = side.open(runs_on, limits)
+        error = side.open(runs_on, limits, turn)
         if error is not None:
             errors[side] = error
 
+    if len(group) == 1:
+        open_one(group[0])
+        return errors
     threads = [Thread(target=open_one, args=(side,), daemon=True) for side in group]
     for thread in threads:
         thread.start()
