@@ -358,8 +358,35 @@ def test_a_sample_of_graph_time_is_a_block_of_a_batch() -> None:
     """Two batches of 70 steps: blocks of 32, 32 and 6, none over the end of a batch."""
     batches = [[1.0] * 32 + [2.0] * 32 + [3.0] * 6, [4.0] * 32 + [5.0] * 32 + [6.0] * 6]
     steps = [StepResult(9.0, 64, 64, graph_seconds=seconds) for batch in batches for seconds in batch]
-    measured = Measured(Samples((9.0, 9.0), "time cap", 0.0, 1.0), [], steps)
+    prompts = [StepResult(9.0, 1024, 64)] * 2
+    measured = Measured(Samples((9.0,) * 6, "time cap", 0.0, 1.0), prompts, steps)
     assert measured.graphs == (1, 2, 3, 4, 5, 6)
+
+
+def test_samples_of_decode_are_blocks_at_the_same_place_in_a_batch(
+    tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of 70 steps, which slow down from 1 to 3 ms: one batch a variant is enough for an interval, and every
+    ratio is of the same blocks."""
+    fake.room = 2
+
+    def decode(self: FakeSession, tokens: torch.Tensor, output_len: int) -> DecodeResult:
+        self.log["batches"] += output_len == 71
+        by = 0.8e-3 if self.variant == SPARSE else 1e-3
+        count = tokens.shape[0]
+        steps = tuple(StepResult(by * (1 + place // 32), count, count) for place in range(output_len - 1))
+        return DecodeResult(self.prefill_step(tokens), steps, torch.zeros(count, output_len, dtype=torch.int64))
+
+    monkeypatch.setattr(FakeSession, "decode", decode)
+    stopping = QUICK | {"min_samples": 3, "max_samples": 3}
+    decoding = {"m": [3], "prompt_len": 4, "output_len": 71, "stopping": stopping}
+    run = small_run(tmp_path, dtypes=["INT8"], decode=decoding)
+    measure(run, "decode")
+    assert [session.log["batches"] for session in fake.sessions] == [1, 1]
+    dense, sparse = (table(run, "decode", variant).iloc[0] for variant in (DENSE, SPARSE))
+    assert (dense["samples"], dense["passes"], dense["step_ms"]) == (3, 1, pytest.approx(2.0))
+    assert (sparse["step_ms"], sparse["over_dense"]) == (pytest.approx(1.6), pytest.approx(1.25))
+    assert sparse["over_dense_low"] == sparse["over_dense_high"] == pytest.approx(1.25)
 
 
 def test_graphs_that_are_not_all_known_are_not_said(tmp_path: Path, fake: FakeEngine) -> None:
@@ -395,6 +422,24 @@ def test_all_that_fit_stand_side_by_side(tmp_path: Path, fake: FakeEngine, monke
     fake.room = 2
     measure(small_run(tmp_path, dtypes=["INT8"]), "prefill")
     assert groups == [[DENSE, SPARSE]]
+
+
+def test_a_reference_is_measured_beside_every_group_and_recorded_once(
+    tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for two of three: the dense variant is opened again beside the second sparse one."""
+    fake.room = 2
+    sparsity = {"end_to_end": ["2:4", "2:8"], "kernel_high": ["2:8"], "kernel_low": ["2:inf"]}
+    run = small_run(tmp_path, dtypes=["INT8"], sparsity=sparsity)
+    outcome = measure(run, "prefill")
+    assert [session.variant for session in fake.sessions].count(DENSE) == 2
+    assert table(run, "prefill", DENSE)["M_prefill"].tolist() == [4, 16]
+    assert (outcome.ok, outcome.failed, len(task(run, "prefill").cells)) == (6, 0, 6)
+    assert outcome.notes == [
+        "Tiny-INT8: 2 groups of engines, as 2 fit into memory at a time; 1 started again, to compare the others with"
+    ]
+    for sparse in (Variant("cpu_sparse", Sparsity(4)), SPARSE):
+        assert table(run, "prefill", sparse)["over_dense"].tolist() == [1.0, 1.0]
 
 
 def test_one_that_fails_does_not_stop_those_beside_it(

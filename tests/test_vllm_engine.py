@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from small_models import BITNET
 from small_runs import MACHINE
 
+from slidesparse.checkpoint.checkpoint import Checkpoint
 from slidesparse.dtypes import QUANTISED, DType
 from slidesparse.errors import UnsupportedHere
 from slidesparse.kernels import reference
 from slidesparse.machine import Gpu
+from slidesparse.measure.engines import vllm_engine
 from slidesparse.measure.engines import vllm_memory as memory
 from slidesparse.measure.engines.base import Limits, engine
 from slidesparse.measure.engines.logits import Bound, compare, noise_bound
@@ -124,6 +126,20 @@ def test_as_many_as_the_largest_allows_but_one_at_least() -> None:
     assert memory.fit([10 * GIB], 0, 100 * GIB) == 9, "some stays free"
     assert memory.fit([10 * GIB], 8 * GIB, 100 * GIB) == 8, "one of them runs a step"
     assert memory.fit([200 * GIB], 0, 100 * GIB) == 1
+
+
+def test_memory_that_tuning_left_with_the_allocator_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found on an H200: after tuning, in one process, three engines fitted where six do."""
+    held = [100 * GIB]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", held.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (140 * GIB - sum(held), 140 * GIB))
+    monkeypatch.setattr(vllm_engine, "need", lambda folder, limits: 20 * GIB)
+    monkeypatch.setattr(memory, "turn_bytes", lambda widths, limits: 0)
+    monkeypatch.setattr(Checkpoint, "open", lambda folder: FakeCheckpoint())
+    assert VllmEngine().together([tmp_path], REFERENCE_RUN, MACHINE) == 6
 
 
 # -- what vLLM is told ---------------------------------------------------------------------------------

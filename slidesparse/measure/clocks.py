@@ -27,10 +27,18 @@ def buffer_sets(side: Backend, bytes_per_set: int) -> int:
 
 
 def free_memory(side: Backend) -> None:
-    """Give back what a failed or finished cell held: a traceback keeps buffers alive until cycles are collected, and
-    torch keeps the memory of CUDA graphs that are gone."""
+    """Give back what a failed or finished cell held, where it ran on a GPU."""
     if side.device == "cuda":
-        import torch
+        free_gpu_memory()
 
-        gc.collect()
-        torch.cuda.empty_cache()
+
+def free_gpu_memory() -> None:
+    """Give back what nothing uses.
+
+    A traceback keeps buffers alive until cycles are collected; torch keeps the memory of tensors and CUDA graphs that
+    are gone.
+    """
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

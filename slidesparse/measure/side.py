@@ -238,7 +238,7 @@ class Side:
             self._run.log.error(
                 "%s %s: nothing is compared with it: %s", self._model, self.variant, reason_of(error), exc_info=error
             )
-        for cell in self.pending:
+        for cell in list(self.pending):
             self.fail(cell, error)
 
     def all(self, status: Literal["failed", "skipped"], reason: str) -> None:
@@ -254,6 +254,8 @@ class Side:
                 self._add(cell, self._columns(cell) | {"status": status, "reason": reason})
 
     def _add(self, cell: ThroughputCell, columns: dict[str, Any]) -> None:
+        if cell in self.pending:  # of a reference, so that beside the next group it is not recorded again
+            self.pending.remove(cell)
         book = self._books[cell.phase]
         book.add(ROWS[cell.phase](**columns))
         book.flush()

@@ -1,9 +1,10 @@
 """One end-to-end cell in several sessions side by side: the same step in each, in random order, round after round.
 
 Prefill: a round is a burst of a few steps of M tokens a session, the first of which (`lead_in`) is not counted where an
-engine overlaps steps; a pass, the published cell, is `cell.steps` counted ones. Decode: a round is a whole batch a
-session, from its prompts to its last token. So every ratio of two variants is of steps that ran one after the other,
-at the same clocks and temperature.
+engine overlaps steps; a pass, the published cell, is `cell.steps` counted ones. Decode: a pass is a batch a session,
+from its prompts to its last token; it runs whole, in the first round of the pass, and gives every round a block of its
+steps. So every ratio of two variants is of steps that ran within seconds, at the same clocks and temperature, and in
+decode at the same context length.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ BURST = 16
 """Most steps of a prefill sample."""
 WARMUP_OUTPUTS = 16
 """Tokens a sequence of a decode batch that only warms up."""
-GRAPH_BLOCK = 32
-"""Decode steps whose graphs make one sample of GPU time. Pairs are of blocks at the same place in their batches, so of
-the same context length; a batch takes seconds, and so few of them would have no interval."""
+BLOCK = 32
+"""Decode steps that make one sample, of a step's time and of its graph's on the GPU. Pairs are of blocks at the same
+place in their batches; a batch takes seconds, and so few of them would have no interval."""
 
 
 class SessionFailed(Exception):
@@ -46,7 +47,7 @@ class Measured:
     """One session's part of a cell."""
 
     samples: Samples
-    """Seconds of a prefill step, the mean of a burst; of a decode step, the median of a batch."""
+    """Seconds of a prefill step, the mean of a burst; of a decode step, the median of a block."""
     prefills: list[StepResult]
     decodes: list[StepResult]
     """Of the samples' rounds, in order, lead-in left out."""
@@ -58,9 +59,9 @@ class Measured:
         times = [step.graph_seconds for step in self.decodes]
         if not times or min(times) <= 0:
             return ()
-        length = len(times) // len(self.samples.values)
+        length = len(times) // len(self.prefills)
         batches = (times[first : first + length] for first in range(0, len(times), length))
-        return tuple(median(batch[i : i + GRAPH_BLOCK]) for batch in batches for i in range(0, length, GRAPH_BLOCK))
+        return tuple(each for batch in batches for each in _blocks(batch))
 
 
 @dataclass
@@ -72,6 +73,8 @@ class _Rounds:
     seed: int
     prefills: list[StepResult] = field(default_factory=list)
     decodes: list[StepResult] = field(default_factory=list)
+    _left: list[float] = field(default_factory=list)
+    """Blocks of the last decode batch that no round has taken yet."""
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed + self.cell.m)
@@ -81,32 +84,50 @@ class _Rounds:
         """Counted steps of a prefill round."""
         return gcd(self.cell.steps, BURST) if self.session.lead_in else 1
 
+    @property
+    def rounds_of_a_pass(self) -> int:
+        if self.cell.phase == "prefill":
+            return self.cell.steps // self.burst
+        return -(-(self.cell.output_len - 1) // BLOCK)
+
     def prompts(self, steps: int) -> torch.Tensor:
         """Fresh random prompts, int64 [steps, S, P]; every session draws the same ones."""
         size = (steps, self.cell.sequences, self.cell.prompt_len)
         return torch.randint(0, self.session.vocabulary, size, generator=self._generator)
 
     def __call__(self) -> float:
-        """Seconds of one round; making prompts is not counted."""
-        return self._run(self.burst, self.cell.output_len)
+        """Seconds of a step, of one round; making prompts is not counted."""
+        if self.cell.phase == "prefill":
+            return self._prefill(self.burst)
+        if not self._left:
+            self._left = _blocks(self._decode(self.cell.output_len))
+        return self._left.pop(0)
 
     def warm_up(self) -> float:
-        return self._run(1, min(self.cell.output_len, WARMUP_OUTPUTS))
-
-    def _run(self, burst: int, output_len: int) -> float:
         if self.cell.phase == "prefill":
-            lead_in = self.session.lead_in
-            steps = self.session.prefill_steps(self.prompts(lead_in + burst))[lead_in:]
-            self.prefills.extend(steps)
-            return sum(step.seconds for step in steps) / len(steps)
+            return self._prefill(1)
+        return median(self._decode(min(self.cell.output_len, WARMUP_OUTPUTS)))
+
+    def _prefill(self, burst: int) -> float:
+        lead_in = self.session.lead_in
+        steps = self.session.prefill_steps(self.prompts(lead_in + burst))[lead_in:]
+        self.prefills.extend(steps)
+        return sum(step.seconds for step in steps) / len(steps)
+
+    def _decode(self, output_len: int) -> list[float]:
         result = self.session.decode(self.prompts(1)[0], output_len)
         self.prefills.append(result.prefill)
         self.decodes.extend(result.steps)
-        return median(step.seconds for step in result.steps)
+        return [step.seconds for step in result.steps]
 
     def forget(self) -> None:
         self.prefills.clear()
         self.decodes.clear()
+
+
+def _blocks(steps: Sequence[float]) -> list[float]:
+    """Medians of blocks of a batch's steps; the last block is what is left."""
+    return [median(steps[first : first + BLOCK]) for first in range(0, len(steps), BLOCK)]
 
 
 class _SelfTimed(WallClock):
@@ -135,13 +156,13 @@ def measure_cell(sessions: Sequence[Session], cell: ThroughputCell, stopping: St
     rounds = [_Rounds(session, cell, seed) for session in sessions]
     calls = [_blaming(place, own) for place, own in enumerate(rounds)]
     warm = [_blaming(place, own.warm_up) for place, own in enumerate(rounds)]
-    batch = cell.steps // rounds[0].burst if cell.phase == "prefill" else 1
 
     def begin() -> None:
         for own in rounds:
             own.forget()
 
-    samples = measure_together(calls, stopping, _SelfTimed(batch), seed, warm_up=warm, before=begin)
+    clock = _SelfTimed(rounds[0].rounds_of_a_pass)
+    samples = measure_together(calls, stopping, clock, seed, warm_up=warm, before=begin)
     return [Measured(s, own.prefills, own.decodes) for s, own in zip(samples, rounds, strict=True)]
 
 

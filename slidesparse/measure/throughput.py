@@ -82,7 +82,9 @@ class _Model:
                 return
             limits = _limits(self._cells, profile.vllm.tensor_parallel_size)
             able = [side for side in sides if side.look(runs_on, limits)]
-            for group in self._groups(able, runs_on, limits):
+            groups = self._groups(able, runs_on, limits)
+            self._say_starts(groups)
+            for group in groups:
                 self._measure_group(group, runs_on, limits)
             self._bill(self._phases[0])
 
@@ -109,6 +111,17 @@ class _Model:
         step = room - len(references)
         return [references + others[i : i + step] for i in range(0, len(others), step)]
 
+    def _say_starts(self, groups: list[list[Side]]) -> None:
+        """That memory made a run longer is worth a line."""
+        starts = [side.variant for group in groups for side in group]
+        if again := len(starts) - len(set(starts)):
+            note = (
+                f"{self._model}-{self._dtype.suffix}: {len(groups)} groups of engines, as {len(groups[0])} fit into "
+                f"memory at a time; {again} started again, to compare the others with"
+            )
+            self._run.log.info(note)
+            self._outcomes[self._phases[0]].notes.append(note)
+
     def _measure_group(self, group: list[Side], runs_on: Engine, limits: Limits) -> None:
         starting = next(phase for phase in self._phases if any(side.pending_in(phase) for side in group))
         try:
@@ -127,6 +140,8 @@ class _Model:
         """The cells of one phase and M: those that are pending, beside the variants that they are compared with."""
         stock, dense = first(group, True), first(group, False)
         wanted = [side for side in group if cells[side.variant] in side.pending]
+        if not wanted:
+            return
         sides = [side for side in group if side.session is not None and side in (*wanted, stock, dense)]
         checks: dict[Side, Check] = {}
         for side in list(sides):

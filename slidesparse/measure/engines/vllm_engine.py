@@ -22,6 +22,7 @@ from slidesparse.errors import UnsupportedHere
 from slidesparse.kernels.backend import source_hash
 from slidesparse.kernels.verify import Check
 from slidesparse.machine import Machine, package_versions
+from slidesparse.measure.clocks import free_gpu_memory
 from slidesparse.measure.engines import vllm_memory as memory
 from slidesparse.measure.engines.base import DecodeResult, Limits, StepResult
 from slidesparse.measure.engines.model import require_fits
@@ -83,7 +84,12 @@ class VllmEngine:
         return packages | {"model": source_hash(*MODEL)}
 
     def together(self, folders: Sequence[Path], limits: Limits, machine: Machine) -> int:
-        """By the largest of them, and the free memory of the fullest GPU."""
+        """By the largest of them, and the free memory of the fullest GPU.
+
+        What earlier tasks of this process left with torch's allocator, up to half of the GPU after tuning, is given
+        back first: engines are other processes.
+        """
+        free_gpu_memory()
         devices = range(min(limits.tensor_parallel, torch.cuda.device_count()))
         free = min((torch.cuda.mem_get_info(device)[0] for device in devices), default=0)
         turn = max(memory.turn_bytes(memory.Widths.of(Checkpoint.open(folder).config), limits) for folder in folders)
