@@ -94,6 +94,12 @@ def prompts(sequences: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 128, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
+def test_the_model_is_looked_at_in_the_engines_own_process(sessions: Sessions, folder: Path) -> None:
+    """vLLM would start another one, which imports everything again, and keep its answer in this folder."""
+    assert sessions("INT8").vocabulary == BITNET["vocab_size"]
+    assert [*(folder / "cache").glob("modelinfos/*")] == []
+
+
 # -- steps ---------------------------------------------------------------------------------------------
 
 

@@ -135,6 +135,7 @@ def test_the_entry_point_registers_once_and_first(one: dict[str, Any]) -> None:
         ["SlideSparseFp8Kernel", *found["before"][1]],
     ]
     assert found["second"] == found["first"]
+    assert found["kept"], "a class that is registered stays"
 
 
 def test_kernels_are_ours_where_asked_for_and_vllms_elsewhere(one: dict[str, Any]) -> None:

@@ -50,6 +50,8 @@ class One:
         from vllm.model_executor.kernels import linear as registry
         from vllm.platforms import PlatformEnum
 
+        from slidesparse.vllm_plugin.register import register_class
+
         def candidates() -> list[list[str]]:
             lists = registry._POSSIBLE_INT8_KERNELS, registry._POSSIBLE_FP8_KERNELS
             return [[kernel.__name__ for kernel in kernels[PlatformEnum.CUDA]] for kernels in lists]
@@ -59,8 +61,13 @@ class One:
         first = candidates()
         vllm.plugins.plugins_loaded = False
         vllm.plugins.load_general_plugins()
-        known = "BitNetForCausalLM" in ModelRegistry.get_supported_archs()
-        return {"before": before, "first": first, "second": candidates(), "known": known}
+        known, second = "BitNetForCausalLM" in ModelRegistry.get_supported_archs(), candidates()
+        register_class()
+        of_class = ModelRegistry.models["BitNetForCausalLM"]
+        vllm.plugins.plugins_loaded = False
+        vllm.plugins.load_general_plugins()
+        kept = ModelRegistry.models["BitNetForCausalLM"] is of_class
+        return {"before": before, "first": first, "second": second, "known": known, "kept": kept}
 
     # -- choice of kernels ------------------------------------------------------------------------------
 

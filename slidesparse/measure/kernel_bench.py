@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import groupby
 from typing import Any
+
+import pandas as pd
 
 from slidesparse import machine as machines
 from slidesparse import records
@@ -218,13 +221,19 @@ class _Table:
     def _of_task_6(self, cell: KernelCell, dense: Backend, point: GemmPoint) -> Algorithm | None:
         """The winner of the same point in the dense task, if its row is there and made with the same libraries."""
         twin = replace(cell, variant=Variant(dense.name))
-        frame = records.read(self._run.tree.kernel(cell.model, cell.dtype, twin.variant))
-        source = operands.weight_source(self._run.plan.checkpoint_folder(cell.model, cell.dtype, twin.variant))
+        frame, source = self._task_6
         conditions = fingerprint(twin, self._stopping, self._seed, source, dense.name, self._versions)
         if not records.done_in(frame, _key(twin), conditions):
             return None
         rows = frame[(frame["M"] == twin.m) & (frame["N"] == twin.n) & (frame["K"] == twin.k)]
         return named(point.algorithms(), str(rows["algorithm"].iloc[-1]))
+
+    @cached_property
+    def _task_6(self) -> tuple[pd.DataFrame, str]:
+        """The dense task's table, which no sparse point changes, and where its weights came from."""
+        dense = Variant(self._run.plan.profile.backends.dense[0])
+        folder = self._run.plan.checkpoint_folder(self._model, self._dtype, dense)
+        return records.read(self._run.tree.kernel(self._model, self._dtype, dense)), operands.weight_source(folder)
 
     def _weight(self, cell: KernelCell, side: Backend) -> LayerWeight:
         key = (side.name, cell.layer, cell.n, cell.k)

@@ -29,9 +29,23 @@ def register() -> None:
     from slidesparse.bake.counts import follow
     from slidesparse.vllm_plugin import linear_kernels
 
-    ModelRegistry.register_model(ARCHITECTURE, MODEL)
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, MODEL)
     linear_kernels.install()
     capability = current_platform.get_device_capability()
     if capability is not None:
         assembler.settle(10 * capability.major + capability.minor)
     follow()
+
+
+def register_class() -> None:
+    """Add BitNet's class itself, for a process that loads nothing else. After this `register` leaves it alone.
+
+    A model that vLLM has a name of it looks at in one more process, which imports everything again: 10 s of an engine's
+    first start (two cores of an x86_64 machine; the answer is cached on disk after that).
+    """
+    from vllm import ModelRegistry
+
+    from slidesparse.vllm_plugin.bitnet import BitNetForCausalLM
+
+    ModelRegistry.register_model(ARCHITECTURE, BitNetForCausalLM)

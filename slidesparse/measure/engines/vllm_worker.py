@@ -34,7 +34,7 @@ from slidesparse.measure.engines.model import reference_model
 from slidesparse.measure.step_profile import KernelSpan, StepProfile
 from slidesparse.plan import Phase, Variant
 from slidesparse.vllm_plugin.buckets import bucket
-from slidesparse.vllm_plugin.register import register
+from slidesparse.vllm_plugin.register import ARCHITECTURE, register, register_class
 
 Tokens = npt.NDArray[np.int64]
 
@@ -49,11 +49,13 @@ class VllmWorker:
             arguments: of `vllm.LLM`.
             opened: `time.monotonic()` when the session was asked for.
         """
+        self._checkpoint = Checkpoint.open(Path(arguments["model"]))
+        if ARCHITECTURE in self._checkpoint.config.get("architectures", ()):
+            register_class()
         register()  # not by the entry point alone: a checkout that is not installed has none
         from vllm import LLM
 
         self._variant = variant
-        self._checkpoint = Checkpoint.open(Path(arguments["model"]))
         self._ranks = int(arguments["tensor_parallel_size"])
         with _when_weights_are_there() as loaded:
             self._llm = LLM(**arguments)
