@@ -203,8 +203,9 @@ FAULTS: dict[str, emulated_wgmma.Fault] = {
     "weights beyond the last are loaded": [("at.block < p.row_blocks ? at.block : 0", "at.block")],
     "barriers are not shown to others": [("barriers_ready();", "")],
     "others begin before the barriers are there": [
-        ("cluster_sync();\n  const int warpgroup", "if (!FAULT) cluster_sync();\n  const int warpgroup")
+        ("if (p.cx * p.ct > 1)\n    cluster_sync();", "if (p.cx * p.ct > 1 && !FAULT)\n    cluster_sync();")
     ],
+    "warps begin before the barriers of their own block are there": [("    block_sync();", "")],
     "a block leaves while others send to it": [
         ("cluster_sync();  // no block", "if (!FAULT) cluster_sync();  // no block")
     ],
@@ -225,7 +226,7 @@ FAULTS: dict[str, emulated_wgmma.Fault] = {
     "a chunk is sent before it is whole": [(MEET, "")],
     "a ring of one": [("w.chunk = w.chunk + 1 == kRing ? 0 : w.chunk + 1;", "w.chunk = 0;")],
     "a chunk may wait longer": [("stores_read<kRing - 2>();", "stores_read<kRing - 1>();")],
-    "the block ends before its stores": [("if (w.thread == 0) stores_done();", "")],
+    "the block ends before its stores": [("if (w.thread == 0) stores_read<0>();", "")],
     "chunks are not swizzled": [("piece ^ (token & 7)", "piece")],
     "scales are not waited for": [("copies_done();", "")],
     "scales of tokens that are not there": [("token + i < p.m", "true")],

@@ -492,7 +492,7 @@ __device__ void work(const Params& p, const CUtensorMap& out, const Shared<T>& s
     if constexpr (T::kTail > 0) finish(w, d);
     if constexpr (T::Blocks == 2) write_block(w, out, 1, d[1], channel, at.token);
   }
-  if (w.thread == 0) stores_done();
+  if (w.thread == 0) stores_read<0>();
 }
 
 #endif  // SS_HAS_WGMMA
@@ -516,7 +516,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_map(&out);
   }
   __syncwarp();
-  cluster_sync();
+  if (p.cx * p.ct > 1)
+    cluster_sync();  // blocks send to each other's barriers
+  else
+    block_sync();
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == kMultiplying) {
     fewer_registers<T::kFew>();

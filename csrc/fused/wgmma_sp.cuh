@@ -88,12 +88,12 @@ __device__ inline void box_store(const void* map, int column, int row, uint32_t 
                : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until all but the last `Pending` stores of this thread have read their shared memory.
+// Until all but the last `Pending` stores of this thread have read their shared memory. A block may end then: what they
+// write is there when the grid has ended, as with any other store.
 template <int Pending>
 __device__ inline void stores_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
-__device__ inline void stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // The copy engine fetches maps through a cache of its own: ask for it before it is needed.
 __device__ inline void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -108,6 +108,8 @@ __device__ inline void copy4(uint32_t to, const void* from, bool there) {
 __device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // The threads of one warpgroup meet (barriers 1, 2, ...: 0 is __syncthreads).
 __device__ inline void warpgroup_sync(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
+// All threads of the block.
+__device__ inline void block_sync() { __syncthreads(); }
 // Those of two warpgroups.
 __device__ inline void warpgroups_sync(int barrier) { asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory"); }
 // From this block's shared memory, by its address.

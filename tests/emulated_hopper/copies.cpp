@@ -149,17 +149,10 @@ void stores_read(int pending) {
   }
 }
 
-void stores_done() {
-  stores_read(0);
-  OfThread& mine = here().of_thread[this_thread()];
-  for (const auto& store : mine.stores)
-    if (!store->is_written) store->write(*store);
-  mine.stores.clear();
-}
-
 void check_stores_at_the_end(GpuBlock& block) {
   for (const OfThread& thread : block.of_thread)
-    if (!thread.stores.empty()) complain("a block ends without waiting for its bulk stores");
+    for (const auto& store : thread.stores)
+      if (!store->retired) complain("a block ends without waiting until its bulk stores have read its memory");
 }
 
 }  // namespace emulated

@@ -170,7 +170,6 @@ void bulk_load(uint32_t to, const void* from, int bytes, uint32_t barrier, int m
 void box_load(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier, int mask);
 void box_store(const TensorMap& map, int column, int row, uint32_t from);
 void stores_read(int pending);
-void stores_done();
 void check_stores_at_the_end(GpuBlock& block);
 
 // -- wgmma (products.cpp) ---------------------------------------------------------------------------------------------
