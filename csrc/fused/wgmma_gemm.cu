@@ -85,7 +85,7 @@ std::string obstacle(const ss_fused_problem& p, const ss_fused_config& c) {
     return "its sizes are not those of this kernel";
   if (c.cluster_channels < 1 || c.cluster_tokens < 1 || c.split_k < 1 || c.group < 1) return "a size below 1";
   if (shared * c.split_k > 8) return "clusters have at most 8 blocks";
-  if (c.split_k > 1 && (shared > 1 || !entry.splits || entry.tokens / 8 % c.split_k || c.split_k > k_steps(p)))
+  if (c.split_k > 1 && (shared > 1 || !entry.splits || c.split_k > entry.tokens / 8 || c.split_k > k_steps(p)))
     return "this tile cannot be split so";
   if (k_steps(p) / c.split_k < entry.tail) return "K is too short for this tile";
   if (blocks % c.cluster_tokens || entry.tokens % (8 * c.cluster_channels)) return "parts of a tile are not whole";
@@ -94,11 +94,12 @@ std::string obstacle(const ss_fused_problem& p, const ss_fused_config& c) {
   return "";
 }
 
+constexpr int kMultiprocessors = 132;  // of an H200
+
 // A guess of the cycles that a way takes, to have the likely ones first: what is tuned is measured. A stage takes as
 // long as its products (shared memory bounds them at about 1.25 times the tensor cores' time) or its bytes: from the L2
 // cache, weights that few tiles of tokens take from memory. Blocks that split K exchange their sums.
 double guess(const ss_fused_problem& p, const ss_fused_config& c) {
-  constexpr int kMultiprocessors = 132;
   constexpr double kFromCache = 40, kFromMemory = 17, kExchanged = 32;  // bytes a cycle and multiprocessor, of an H200
   const int token_tiles = tiles(p.m, c.tokens * c.cluster_tokens);
   const double tile = double(c.channels) * c.tokens;
@@ -182,6 +183,8 @@ std::vector<ss_fused_config> wgmma_configs(int capability, const ss_fused_proble
   if (capability / 10 != 9) throw Unsupported("wgmma needs compute capability 9.0 (Hopper)");
   static const Cluster together[] = {{2, 1, 1}, {1, 2, 1}, {1, 1, 1}};
   static const Cluster split[] = {{1, 1, 1}, {1, 1, 2}, {1, 1, 4}, {1, 1, 8}};
+  // Between those, to fill a GPU that they would fill by half; more blocks than fit at once are never faster.
+  static const Cluster between[] = {{1, 1, 3}, {1, 1, 5}, {1, 1, 6}};
   std::vector<ss_fused_config> found;
   const auto offer = [&](const ss_fused_config& config) {
     const auto same = [&](const ss_fused_config& other) { return std::string(other.name) == config.name; };
@@ -189,8 +192,12 @@ std::vector<ss_fused_config> wgmma_configs(int capability, const ss_fused_proble
   };
   for (int index = 0; index < int(entries().size()); ++index) {
     const Entry& entry = entries()[index];
-    if (p.m <= 512 && entry.tokens <= 128)
+    if (p.m <= 512 && entry.tokens <= 128 && (entry.tokens < 2 * p.m || entry.tokens == 32)) {  // not half empty
       for (const Cluster& cluster : split) offer(config_of(index, cluster, 8, cluster.split == 1 ? 2 : 0));
+      for (const Cluster& cluster : between)
+        if (tiles(p.n, entry.channels) * tiles(p.m, entry.tokens) * cluster.split <= kMultiprocessors)
+          offer(config_of(index, cluster, 8, 0));
+    }
     if (p.m > 128 && entry.tokens >= 128)
       for (const Cluster& cluster : together)
         for (int group : {8, 16})

@@ -444,10 +444,11 @@ __device__ void write_shared_tile(Worker<T>& w, const CUtensorMap& out, Sums<T> 
     for (int group = 0; group < kGroups; ++group)
       store4(place(i, group), &d[i][group * 4]);
   cluster_sync();
-  const int lane = threadIdx.x % 32, share = kGroups / w.p.split;
+  const int lane = threadIdx.x % 32;
+  const int first = int(rank.all) * kGroups / w.p.split, last = int(rank.all + 1) * kGroups / w.p.split;
   for (int i = 0; i < T::Blocks; ++i) {
     const Part<T> part(w, i);
-    for (int group = int(rank.all) * share; group < int(rank.all + 1) * share; ++group) {
+    for (int group = first; group < last; ++group) {
       typename T::Sum sums[4] = {};
       for (int peer = 0; peer < w.p.split; ++peer) {
         typename T::Sum of_peer[4];
