@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import groupby
 from threading import Lock, Thread
@@ -133,8 +134,8 @@ class _Model:
                     self._measure_size(group, cells)
                 self._bill(phase)
         finally:
-            for side in group:
-                side.close()
+            with ThreadPoolExecutor(len(group)) as pool:  # each waits for its engine to end
+                list(pool.map(Side.close, group))
 
     def _measure_size(self, group: list[Side], cells: dict[Variant, ThroughputCell]) -> None:
         """The cells of one phase and M: those that are pending, beside the variants that they are compared with."""
