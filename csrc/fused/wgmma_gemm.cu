@@ -38,8 +38,8 @@ Entry entry() {
 // Large ones move the fewest bytes for an operation; small ones fill a GPU when there are few tokens or channels.
 const std::vector<Entry>& entries() {
   static const std::vector<Entry> all = {
-      entry<2, 192>(), entry<2, 160>(), entry<2, 128>(), entry<2, 64>(), entry<1, 256>(),
-      entry<1, 192>(), entry<1, 128>(), entry<1, 64>(),  entry<1, 32>(),
+      entry<2, 192>(), entry<2, 160>(), entry<2, 128>(), entry<2, 96>(), entry<2, 64>(), entry<1, 256>(),
+      entry<1, 192>(), entry<1, 128>(), entry<1, 96>(),  entry<1, 64>(), entry<1, 32>(),
   };
   return all;
 }
@@ -192,16 +192,18 @@ std::vector<ss_fused_config> wgmma_configs(int capability, const ss_fused_proble
   };
   for (int index = 0; index < int(entries().size()); ++index) {
     const Entry& entry = entries()[index];
-    if (p.m <= 512 && entry.tokens <= 128 && (entry.tokens < 2 * p.m || entry.tokens == 32)) {  // not half empty
+    if (p.m <= 512 && entry.tokens <= 128 && entry.tokens - 32 < p.m) {  // no smaller tile holds all tokens
       for (const Cluster& cluster : split) offer(config_of(index, cluster, 8, cluster.split == 1 ? 2 : 0));
       for (const Cluster& cluster : between)
         if (tiles(p.n, entry.channels) * tiles(p.m, entry.tokens) * cluster.split <= kMultiprocessors)
           offer(config_of(index, cluster, 8, 0));
     }
-    if (p.m > 128 && entry.tokens >= 128)
-      for (const Cluster& cluster : together)
-        for (int group : {8, 16})
-          if (cluster.tokens * entry.tokens < 2 * p.m) offer(config_of(index, cluster, group, 2));
+    if (p.m > 128 && entry.tokens >= (p.m <= 512 ? 96 : 128))
+      for (const Cluster& cluster : together) {
+        const int tokens = cluster.tokens * entry.tokens;
+        if (tokens < 2 * p.m) offer(config_of(index, cluster, 8, 2));
+        if (tiles(p.m, tokens) > 8) offer(config_of(index, cluster, 16, 2));  // of fewer it is the same walk
+      }
   }
   std::stable_sort(found.begin(), found.end(), [&](const ss_fused_config& a, const ss_fused_config& b) {
     return guess(p, a) < guess(p, b);
