@@ -54,7 +54,7 @@ def open_run(plan: Plan, quiet: bool = False) -> Iterator[Run]:
         SlideSparseError: another run holds it.
     """
     tree = result_tree(plan)
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(2)}"  # in the order in which runs began
     with files.exclusive(tree.root), _logger(tree.logs / f"{run_id}.log", run_id) as log:
         run = Run(plan, tree, machine.detect(), run_id, log, quiet)
         _write_environment(run)

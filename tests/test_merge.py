@@ -38,6 +38,17 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
+def test_runs_of_one_second_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a merge are listed by run: seen the wrong way round where both began in one second."""
+    drawn = iter(["ffff", "8888", "0000"])
+    monkeypatch.setattr(runner.secrets, "token_hex", lambda size: next(drawn))
+    ids = []
+    for _ in range(3):
+        with runner.open_run(small_run(tmp_path).plan, quiet=True) as opened:
+            ids.append(opened.run_id)
+    assert sorted(ids) == ids
+
+
 # -- a whole profile, run apart --------------------------------------------------------------------------
 
 
