@@ -51,7 +51,7 @@ struct Tile {
   static constexpr int kStage = kTokenBytes + kWeightBytes;
   // Tokens of out that go to memory at a time, 64 channels each: as many as there is room for, since the warps meet and
   // wait for their stores each time.
-  static constexpr int kChunkTokens = Tokens == 160 ? 80 : Tokens == 96 ? 48 : Tokens < 64 ? Tokens : 64;
+  static constexpr int kChunkTokens = Tokens % 64 == 0 ? 64 : Tokens < 64 ? Tokens : Tokens / 2;
   static constexpr int kChunk = kChunkTokens * kBlockRows * 2;
   // Of a warpgroup and tile: scales of tokens, scales and biases of channels.
   static constexpr int kOwnChannels = Blocks * kBlockRows;

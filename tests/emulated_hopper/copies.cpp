@@ -125,14 +125,11 @@ void box_store(const TensorMap& map, int column, int row, uint32_t from) {
     each_chunk(map, column, row, from, 0, map.box_rows, [&](uint32_t chunk, uint8_t* to, int there) {
       if (there) std::memcpy(to, s.data.data() + (chunk - from), there);
     });
-    s.is_written = true;
   };
   own.of_thread[this_thread()].stores.push_back(store);
   some_time([store] {
     if (!store->is_read) store->read(*store);
-    some_time([store] {
-      if (!store->is_written) store->write(*store);
-    });
+    some_time([store] { store->write(*store); });
   });
 }
 

@@ -67,7 +67,7 @@ struct Store {
   std::vector<uint8_t> data;  // once read
   std::function<void(Store&)> read, write;
   std::vector<Words> reads;
-  bool is_read = false, is_written = false, retired = false;
+  bool is_read = false, retired = false;
 };
 struct OfThread {
   int phase[kMostBarriers];
